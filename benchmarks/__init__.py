@@ -1,0 +1,1 @@
+"""Timings against the peers: ``python -m benchmarks.ops``."""

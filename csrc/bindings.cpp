@@ -1,0 +1,53 @@
+// Python module reformer_ext._C. Importing it registers the operators (torch.ops.reformer); it also
+// binds the functions of reformer.h, which go through the dispatcher like the operators, for
+// callers that want the C++ API as it is, and says what it was built for.
+#include <torch/csrc/utils/pybind.h>
+
+#include "reformer.h"
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> merge_attention(const std::vector<at::Tensor>& outs,
+                                                   const std::vector<at::Tensor>& lses) {
+  return reformer::merge_attention(outs, lses);
+}
+
+py::object build_info() { return py::module_::import("json").attr("loads")(REFORMER_BUILD_INFO); }
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using reformer::AttentionOptions;
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+
+  py::class_<AttentionOptions>(m, "AttentionOptions", py::metaclass((PyObject*)&PyType_Type))
+      .def(py::init<>())
+      .def_readwrite("chunk_size", &AttentionOptions::chunk_size)
+      .def_readwrite("look_back", &AttentionOptions::look_back)
+      .def_readwrite("look_ahead", &AttentionOptions::look_ahead)
+      .def_readwrite("causal", &AttentionOptions::causal)
+      .def_readwrite("mask_self", &AttentionOptions::mask_self)
+      .def_readwrite("wrap", &AttentionOptions::wrap)
+      .def_readwrite("scale", &AttentionOptions::scale)
+      .def_readwrite("key_padding_mask", &AttentionOptions::key_padding_mask)
+      .def_readwrite("correct_duplicates", &AttentionOptions::correct_duplicates)
+      .def_readwrite("dropout_p", &AttentionOptions::dropout_p)
+      .def_readwrite("dropout_seed", &AttentionOptions::dropout_seed);
+
+  m.def("lsh_hash", &reformer::lsh_hash, py::arg("x"), py::arg("rotations"), py::arg("n_buckets"),
+        py::arg("key_padding_mask") = py::none(), release_gil());
+  m.def("bucket_sort", &reformer::bucket_sort, py::arg("buckets"), py::arg("n_buckets"),
+        release_gil());
+  m.def("chunked_attention", &reformer::chunked_attention, py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("order") = py::none(), py::arg("options") = AttentionOptions(),
+        py::arg("buckets") = py::none(), release_gil());
+  m.def("lsh_attention", &reformer::lsh_attention, py::arg("qk"), py::arg("v"),
+        py::arg("rotations"), py::arg("n_buckets"), py::arg("options") = AttentionOptions(),
+        py::arg("k") = py::none(), py::arg("buckets") = py::none(), py::arg("same_bucket") = false,
+        release_gil());
+  m.def("merge_attention", &merge_attention, py::arg("outs"), py::arg("lses"), release_gil());
+  m.def("default_n_buckets", &reformer::default_n_buckets, py::arg("length"),
+        py::arg("chunk_size") = 64, release_gil());
+  m.def("build_info", &build_info,
+        "What this library was built for: python, torch, cuda, cuda_archs.");
+}

@@ -1,0 +1,329 @@
+// chunked_attention: schema, checks, output allocation, Meta, Autograd, Autocast, public function.
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "chunked_attention_common.h"
+#include "reformer.h"
+
+namespace reformer {
+namespace {
+
+using Outputs = std::tuple<at::Tensor, at::Tensor>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+constexpr const char* kOp = "chunked_attention";
+
+std::optional<at::Tensor> optional(const at::Tensor& x) {
+  return x.defined() ? std::optional<at::Tensor>(x) : std::nullopt;
+}
+
+void check_indices(const char* name, const at::Tensor& indices, const at::Tensor& q,
+                   const c10::SymInt& rounds) {
+  check_rank(kOp, name, indices, 4, "[B, H, R, L]");
+  check_shape(kOp, name, indices, {q.sym_size(0), q.sym_size(1), rounds, q.sym_size(2)},
+              "(batch, heads, rounds, length)");
+  check_dtype(kOp, name, indices, at::kInt);
+  check_device(kOp, name, indices, q);
+}
+
+at::ScalarType lse_dtype(const at::Tensor& q) {
+  return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+}  // namespace
+
+ChunkedAttentionArgs check_chunked_attention(
+    const at::Tensor& q, const std::optional<at::Tensor>& k, const at::Tensor& v,
+    const std::optional<at::Tensor>& order, int64_t chunk_size, int64_t look_back,
+    int64_t look_ahead, bool causal, std::optional<bool> mask_self, std::optional<bool> wrap,
+    std::optional<double> scale, const std::optional<at::Tensor>& key_padding_mask,
+    const std::optional<at::Tensor>& buckets, bool correct_duplicates, double dropout_p,
+    const std::optional<at::Tensor>& dropout_seed) {
+  check_heads(kOp, "q", q);
+  REFORMER_CHECK(q.sym_size(2) < (int64_t{1} << 31), kOp,
+                 ": expected less than 2^31 positions, got q of shape ", q.sym_sizes());
+  if (q.is_cuda()) {
+    REFORMER_CHECK(q.scalar_type() != at::kDouble, kOp,
+                   ": expected q of dtype float32, float16 or bfloat16 on CUDA, got ",
+                   q.scalar_type());
+    REFORMER_CHECK(q.sym_size(3) % 8 == 0, kOp,
+                   ": expected q with a head dimension that is a multiple of 8 on CUDA, got ",
+                   q.sym_sizes());
+  }
+  const auto check_like_q = [&](const char* name, const at::Tensor& x) {
+    check_shape(kOp, name, x, q.sym_sizes(), "like q");
+    check_dtype(kOp, name, x, q.scalar_type());
+    check_device(kOp, name, x, q);
+  };
+  if (k.has_value()) check_like_q("k", *k);
+  check_like_q("v", v);
+
+  c10::SymInt rounds = 1;
+  if (order.has_value()) {
+    check_rank(kOp, "order", *order, 4, "[B, H, R, L]");
+    rounds = order->sym_size(2);
+    REFORMER_CHECK(rounds >= 1, kOp, ": expected order with at least one round, got ",
+                   order->sym_sizes());
+    check_indices("order", *order, q, rounds);
+  }
+  if (buckets.has_value()) check_indices("buckets", *buckets, q, rounds);
+  if (key_padding_mask.has_value()) check_key_padding_mask(kOp, *key_padding_mask, q);
+
+  REFORMER_CHECK(chunk_size >= 1, kOp, ": expected chunk_size >= 1, got ", chunk_size);
+  REFORMER_CHECK(look_back >= 0, kOp, ": expected look_back >= 0, got ", look_back);
+  REFORMER_CHECK(look_ahead >= 0, kOp, ": expected look_ahead >= 0, got ", look_ahead);
+  REFORMER_CHECK(!scale.has_value() || std::isfinite(*scale), kOp,
+                 ": expected a finite scale, got ", scale.value_or(0.0));
+  REFORMER_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, kOp, ": expected 0 <= dropout_p < 1, got ",
+                 dropout_p);
+  REFORMER_CHECK(dropout_seed.has_value() == (dropout_p > 0.0), kOp,
+                 ": expected a dropout_seed exactly if dropout_p > 0, got ",
+                 dropout_seed.has_value() ? "one" : "none", " with dropout_p = ", dropout_p);
+  if (dropout_seed.has_value()) {
+    check_dtype(kOp, "dropout_seed", *dropout_seed, at::kLong);
+    REFORMER_CHECK(dropout_seed->sym_numel() == 1, kOp,
+                   ": expected dropout_seed with one element, got shape ",
+                   dropout_seed->sym_sizes());
+    check_device(kOp, "dropout_seed", *dropout_seed, q);
+  }
+
+  ChunkedAttentionArgs args;
+  args.q = q;
+  args.v = v;
+  args.k = k.value_or(at::Tensor());
+  args.order = order.value_or(at::Tensor());
+  args.key_padding_mask = key_padding_mask.value_or(at::Tensor());
+  args.buckets = buckets.value_or(at::Tensor());
+  args.dropout_seed = dropout_seed.value_or(at::Tensor());
+  args.chunk_size = chunk_size;
+  args.look_back = look_back;
+  args.look_ahead = look_ahead;
+  args.causal = causal;
+  args.mask_self = mask_self.value_or(!k.has_value());
+  args.wrap = wrap.value_or(order.has_value());
+  args.correct_duplicates = correct_duplicates;
+  args.scale_given = scale;
+  args.dropout_p = dropout_p;
+  return args;
+}
+
+ChunkedAttentionResults check_chunked_attention_results(const ChunkedAttentionArgs& args,
+                                                        const at::Tensor& grad_out,
+                                                        const std::optional<at::Tensor>& grad_lse,
+                                                        const at::Tensor& out,
+                                                        const at::Tensor& lse) {
+  constexpr const char* op = "chunked_attention_backward";
+  const at::Tensor& q = args.q;
+  const auto check = [&](const char* name, const at::Tensor& x, c10::SymIntArrayRef shape,
+                         at::ScalarType dtype) {
+    check_shape(op, name, x, shape, "to agree with q");
+    check_dtype(op, name, x, dtype);
+    check_device(op, name, x, q);
+  };
+  const c10::SymIntArrayRef rows = q.sym_sizes().slice(0, 3);
+  check("grad_out", grad_out, q.sym_sizes(), q.scalar_type());
+  check("out", out, q.sym_sizes(), q.scalar_type());
+  check("lse", lse, rows, lse_dtype(q));
+  if (grad_lse.has_value()) check("grad_lse", *grad_lse, rows, lse_dtype(q));
+  return {out, lse, grad_out, grad_lse.value_or(at::Tensor())};
+}
+
+at::Tensor chunked_attention_output(const at::Tensor& q) {
+  const c10::SymInt batch = q.sym_size(0), heads = q.sym_size(1), length = q.sym_size(2),
+                    head_dim = q.sym_size(3);
+  if (q.sym_stride(1) < q.sym_stride(2)) {  // a (B, L, H, D) projection, transposed
+    return at::empty_strided_symint(
+        q.sym_sizes(), {length * heads * head_dim, head_dim, heads * head_dim, 1}, q.options());
+  }
+  return at::empty_symint(q.sym_sizes(), q.options());
+}
+
+at::Tensor chunked_attention_lse(const at::Tensor& q) {
+  return at::empty_symint(q.sym_sizes().slice(0, 3), q.options().dtype(lse_dtype(q)));
+}
+
+Gradients chunked_attention_grads(const ChunkedAttentionArgs& args) {
+  return {chunked_attention_output(args.q),
+          args.shared_qk() ? at::empty({0}, args.q.options()) : chunked_attention_output(args.k),
+          chunked_attention_output(args.v)};
+}
+
+namespace {
+
+// Through the dispatcher.
+Outputs chunked_attention(const ChunkedAttentionArgs& args) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("reformer::chunked_attention", "")
+                             .typed<decltype(chunked_attention_entry<chunked_attention>)>();
+  return op.call(args.q, optional(args.k), args.v, optional(args.order), args.chunk_size,
+                 args.look_back, args.look_ahead, args.causal, args.mask_self, args.wrap,
+                 args.scale_given, optional(args.key_padding_mask), optional(args.buckets),
+                 args.correct_duplicates, args.dropout_p, optional(args.dropout_seed));
+}
+
+Gradients chunked_attention_backward(const ChunkedAttentionArgs& args,
+                                     const ChunkedAttentionResults& results) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("reformer::chunked_attention_backward", "")
+          .typed<decltype(chunked_attention_backward_entry<chunked_attention_backward>)>();
+  return op.call(results.grad_out, optional(results.grad_lse), args.q, optional(args.k), args.v,
+                 optional(args.order), results.out, results.lse, args.chunk_size, args.look_back,
+                 args.look_ahead, args.causal, args.mask_self, args.wrap, args.scale_given,
+                 optional(args.key_padding_mask), optional(args.buckets), args.correct_duplicates,
+                 args.dropout_p, optional(args.dropout_seed));
+}
+
+Outputs chunked_attention_meta(const ChunkedAttentionArgs& args) {
+  return {chunked_attention_output(args.q), chunked_attention_lse(args.q)};
+}
+
+Gradients chunked_attention_backward_meta(const ChunkedAttentionArgs& args,
+                                          const ChunkedAttentionResults&) {
+  return chunked_attention_grads(args);
+}
+
+struct ChunkedAttentionFunction : torch::autograd::Function<ChunkedAttentionFunction> {
+  static constexpr bool is_traceable = true;  // for compiled autograd
+
+  // q, k and v are arguments of their own: autograd looks for its inputs among them.
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
+                                                const at::Tensor& q,
+                                                const std::optional<at::Tensor>& k,
+                                                const at::Tensor& v,
+                                                const ChunkedAttentionArgs& args) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [out, lse] = chunked_attention(args);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({q, k.value_or(at::Tensor()), v, args.order, args.key_padding_mask,
+                            args.buckets, args.dropout_seed, out, lse});
+    ctx->saved_data["chunk_size"] = args.chunk_size;
+    ctx->saved_data["look_back"] = args.look_back;
+    ctx->saved_data["look_ahead"] = args.look_ahead;
+    ctx->saved_data["causal"] = args.causal;
+    ctx->saved_data["mask_self"] = args.mask_self;
+    ctx->saved_data["wrap"] = args.wrap;
+    ctx->saved_data["correct_duplicates"] = args.correct_duplicates;
+    ctx->saved_data["scale"] = args.scale_given;
+    ctx->saved_data["dropout_p"] = args.dropout_p;
+    return {out, lse};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    if (!grads[0].defined() && !grads[1].defined()) return {{}, {}, {}, {}};
+    const torch::autograd::variable_list saved = ctx->get_saved_variables();
+    ChunkedAttentionArgs args;
+    args.q = saved[0];
+    args.k = saved[1];
+    args.v = saved[2];
+    args.order = saved[3];
+    args.key_padding_mask = saved[4];
+    args.buckets = saved[5];
+    args.dropout_seed = saved[6];
+    args.chunk_size = ctx->saved_data["chunk_size"].toInt();
+    args.look_back = ctx->saved_data["look_back"].toInt();
+    args.look_ahead = ctx->saved_data["look_ahead"].toInt();
+    args.causal = ctx->saved_data["causal"].toBool();
+    args.mask_self = ctx->saved_data["mask_self"].toBool();
+    args.wrap = ctx->saved_data["wrap"].toBool();
+    args.correct_duplicates = ctx->saved_data["correct_duplicates"].toBool();
+    args.scale_given = ctx->saved_data["scale"].toOptional<double>();
+    args.dropout_p = ctx->saved_data["dropout_p"].toDouble();
+
+    ChunkedAttentionResults results{saved[7], saved[8], grads[0], grads[1]};
+    if (!results.grad_out.defined()) {  // only lse was used: one zero, expanded
+      results.grad_out =
+          at::zeros({1, 1, 1, 1}, args.q.options()).expand_symint(args.q.sym_sizes());
+    }
+    auto [grad_q, grad_k, grad_v] = chunked_attention_backward(args, results);
+    return {grad_q, args.shared_qk() ? at::Tensor() : grad_k, grad_v, {}};
+  }
+};
+
+Outputs chunked_attention_autograd(const ChunkedAttentionArgs& args) {
+  const auto outputs = ChunkedAttentionFunction::apply(args.q, optional(args.k), args.v, args);
+  return {outputs[0], outputs[1]};
+}
+
+// q, k and v in autocast's dtype; masks, indices and seed as they are.
+template <c10::DispatchKey autocast_key, at::DeviceType device_type>
+Outputs chunked_attention_autocast(const at::Tensor& q, const std::optional<at::Tensor>& k,
+                                   const at::Tensor& v, const std::optional<at::Tensor>& order,
+                                   int64_t chunk_size, int64_t look_back, int64_t look_ahead,
+                                   bool causal, std::optional<bool> mask_self,
+                                   std::optional<bool> wrap, std::optional<double> scale,
+                                   const std::optional<at::Tensor>& key_padding_mask,
+                                   const std::optional<at::Tensor>& buckets,
+                                   bool correct_duplicates, double dropout_p,
+                                   const std::optional<at::Tensor>& dropout_seed) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(autocast_key);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(device_type);
+  const auto cast = [&](const at::Tensor& x) {
+    return at::autocast::cached_cast(dtype, x, device_type);
+  };
+  return chunked_attention(check_chunked_attention(
+      cast(q), k.has_value() ? std::optional<at::Tensor>(cast(*k)) : k, cast(v), order, chunk_size,
+      look_back, look_ahead, causal, mask_self, wrap, scale, key_padding_mask, buckets,
+      correct_duplicates, dropout_p, dropout_seed));
+}
+
+}  // namespace
+
+Outputs chunked_attention(const at::Tensor& q, const std::optional<at::Tensor>& k,
+                          const at::Tensor& v, const std::optional<at::Tensor>& order,
+                          const AttentionOptions& options,
+                          const std::optional<at::Tensor>& buckets) {
+  return chunked_attention(check_chunked_attention(
+      q, k, v, order, options.chunk_size, options.look_back, options.look_ahead, options.causal,
+      options.mask_self, options.wrap, options.scale, options.key_padding_mask, buckets,
+      options.correct_duplicates, options.dropout_p, options.dropout_seed));
+}
+
+TORCH_LIBRARY_FRAGMENT(reformer, m) {
+  const std::string options =
+      "int chunk_size=64, int look_back=1, int look_ahead=0, bool causal=False, "
+      "bool? mask_self=None, bool? wrap=None, float? scale=None, Tensor? key_padding_mask=None, "
+      "Tensor? buckets=None, bool correct_duplicates=False, float dropout_p=0.0, "
+      "Tensor? dropout_seed=None)";
+  m.def(torch::schema(("chunked_attention(Tensor q, Tensor? k, Tensor v, Tensor? order=None, *, " +
+                       options + " -> (Tensor out, Tensor lse)")
+                          .c_str()),
+        {at::Tag::pt2_compliant_tag});
+  m.def(torch::schema(("chunked_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, "
+                       "Tensor? k, Tensor v, Tensor? order, Tensor out, Tensor lse, *, " +
+                       options + " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)")
+                          .c_str()),
+        {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(reformer, Meta, m) {
+  m.impl("chunked_attention", TORCH_FN(chunked_attention_entry<chunked_attention_meta>));
+  m.impl("chunked_attention_backward",
+         TORCH_FN(chunked_attention_backward_entry<chunked_attention_backward_meta>));
+}
+
+TORCH_LIBRARY_IMPL(reformer, Autograd, m) {
+  m.impl("chunked_attention", TORCH_FN(chunked_attention_entry<chunked_attention_autograd>));
+  m.impl("chunked_attention_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(reformer, AutocastCPU, m) {
+  m.impl("chunked_attention",
+         TORCH_FN((chunked_attention_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>)));
+}
+
+TORCH_LIBRARY_IMPL(reformer, AutocastCUDA, m) {
+  m.impl("chunked_attention",
+         TORCH_FN((chunked_attention_autocast<c10::DispatchKey::Autocast, at::kCUDA>)));
+}
+
+}  // namespace reformer

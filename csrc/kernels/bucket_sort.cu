@@ -1,0 +1,497 @@
+// Which way the buckets are sorted depends on the sizes and the device alone:
+//
+//   - cluster: a thread-block cluster holds a whole segment and exchanges histograms through
+//     distributed shared memory. One kernel, every element read and written once (sm_90 up, up to
+//     about 3000 buckets).
+//   - tiles: histograms of tiles, a scan over each segment's tiles, a stable scatter of every tile.
+//   - packed: two least-significant-digit passes of that kind over 32-bit records (up to 2^16
+//     buckets).
+//   - wide: as many passes as the buckets have bytes, over 64-bit records. Any size.
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <cstddef>
+
+#include "bucket_sort.h"
+#include "bucket_sort_tile.cuh"
+
+namespace reformer::kernels {
+namespace sort {
+namespace {
+
+constexpr int kClusterThreads = 1024, kMaxClusterItems = 32;  // items per thread
+constexpr int kMaxCluster = 8;                                // the portable cluster size
+constexpr int kMaxClusterTile = kClusterThreads * kMaxClusterItems;
+constexpr int kTileThreads = 512;
+constexpr int kOnePassItems = 32, kDigitPassItems = 16;
+constexpr int kDigitBits = 8;
+constexpr int64_t kPackedLength = int64_t{1} << 24;  // positions a packed record can hold
+constexpr int kPackedBuckets = 1 << 16;
+constexpr int64_t kWorkspaceTarget = int64_t{1} << 30;  // segments are sorted in groups that fit it
+
+// ---- Cluster
+
+#if __CUDA_ARCH__ >= 900
+// Bins start where the bins before them end in the whole segment, behind the same bin of earlier
+// blocks.
+struct ClusterBinStarts {
+  int bins;
+
+  __device__ void operator()(uint32_t* totals, uint32_t* starts, uint32_t* shifts,
+                             uint32_t* scratch) const {
+    const auto cluster = cooperative_groups::this_cluster();
+    const int blocks = cluster.num_blocks(), rank = cluster.block_rank();
+    cluster.sync();  // every block's totals are written
+    uint2 sum = make_uint2(0, 0);
+    for (int base = 0; base < bins; base += kClusterThreads) {
+      const int bin = base + threadIdx.x;
+      uint32_t own = 0, earlier = 0, all = 0;
+      if (bin < bins) {
+        own = totals[bin];
+        for (int block = 0; block < blocks; ++block) {
+          const uint32_t count =
+              block == rank ? own : *cluster.map_shared_rank(totals + bin, block);
+          if (block < rank) earlier += count;
+          all += count;
+        }
+      }
+      const uint2 start = exclusive_scan<kClusterThreads / 32>(make_uint2(own, all), sum, scratch);
+      if (bin < bins) {
+        starts[bin] = start.x;
+        shifts[bin] = start.y + earlier - start.x;
+      }
+    }
+    cluster.barrier_arrive();  // this block has read the others' totals
+  }
+};
+#endif
+
+// Clusters need sm_90; see has_body.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kClusterLaunchBound = 32;
+#else
+constexpr int kClusterLaunchBound = kClusterThreads;
+#endif
+
+template <int kItems>
+__global__ __launch_bounds__(kClusterLaunchBound) void cluster_kernel(const int32_t* buckets,
+                                                                      int32_t* order, int length,
+                                                                      int n_buckets) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(16) uint32_t shared[];
+  const auto cluster = cooperative_groups::this_cluster();
+  const int blocks = cluster.num_blocks();
+  const int64_t segment = blockIdx.x / blocks;
+  const int per_block = round_up(ceil_div(length, blocks), 32);
+  const int begin = static_cast<int>(cluster.block_rank()) * per_block;
+  const Tile tile{begin, max(0, min(per_block, length - begin)),
+                  ceil_div(per_block, kClusterThreads)};
+  const BucketsToOrder pass{buckets + segment * length, order + segment * length, n_buckets};
+  sort_tile<BucketsToOrder, kClusterThreads, kItems, false>(pass, tile, n_buckets, shared,
+                                                            ClusterBinStarts{n_buckets});
+  cluster.barrier_wait();  // no block may leave while others read its totals
+#endif
+}
+
+template <int kItems>
+cudaError_t launch_cluster(const BucketSortParams& params, int cluster, cudaStream_t stream) {
+  const auto kernel = cluster_kernel<kItems>;
+  const int n_buckets = static_cast<int>(params.n_buckets);
+  const int bytes =
+      TileMemory(kClusterThreads / 32, kClusterThreads * kItems * int{sizeof(uint32_t)}, n_buckets)
+          .bytes();
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(params.segments * cluster);
+  config.blockDim = kClusterThreads;
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, params.buckets, params.order,
+                            static_cast<int>(params.length), n_buckets);
+}
+
+cudaError_t cluster_sort(const BucketSortParams& params, int cluster, cudaStream_t stream) {
+  const int64_t per_block = ceil_div<int64_t>(params.length, cluster);
+  if (per_block <= 8 * kClusterThreads) return launch_cluster<8>(params, cluster, stream);
+  if (per_block <= 16 * kClusterThreads) return launch_cluster<16>(params, cluster, stream);
+  return launch_cluster<kMaxClusterItems>(params, cluster, stream);
+}
+
+// ---- Tiles: one pass of histogram, scan and scatter
+
+template <int kItems>
+__device__ __forceinline__ Tile tile_at(int64_t index, int64_t length) {
+  constexpr int kTile = kTileThreads * kItems;
+  const int64_t begin = index * kTile;
+  const int64_t left = length - begin;
+  return {begin, left < kTile ? static_cast<int>(left) : kTile, kItems};
+}
+
+// histograms: [segments, tiles, bins]
+template <class MakePass, int kItems>
+__global__ __launch_bounds__(kTileThreads) void histogram_kernel(MakePass make_pass,
+                                                                 uint32_t* histograms,
+                                                                 int64_t length, int tiles,
+                                                                 int bins) {
+  extern __shared__ __align__(16) uint32_t counts[];
+  const auto pass = make_pass(blockIdx.x / tiles);
+  const Tile tile = tile_at<kItems>(blockIdx.x % tiles, length);
+  for (int bin = threadIdx.x; bin < bins; bin += kTileThreads) counts[bin] = 0;
+  __syncthreads();
+#pragma unroll 8
+  for (int item = threadIdx.x; item < tile.count; item += kTileThreads) {
+    atomicAdd(
+        counts + pass.digit(static_cast<typename MakePass::Key>(pass.load(tile.begin + item))), 1u);
+  }
+  __syncthreads();
+  uint32_t* out = histograms + int64_t{blockIdx.x} * bins;
+  for (int bin = threadIdx.x; bin < bins; bin += kTileThreads) out[bin] = counts[bin];
+}
+
+// In place: from a tile's count of a bin to the bin's first slot of that tile in the segment. The
+// threads are `rows` rows of `columns`: a column is a bin, a row a share of the tiles.
+constexpr int kScanThreads = 1024;
+__global__ __launch_bounds__(kScanThreads) void scan_kernel(uint32_t* histograms, int tiles,
+                                                            int bins, int columns) {
+  __shared__ uint32_t sums[kScanThreads], first_slot[kScanThreads], scratch[kScratchWords];
+  uint32_t* segment = histograms + int64_t{blockIdx.x} * tiles * bins;
+  const int rows = kScanThreads / columns, row = threadIdx.x / columns,
+            column = threadIdx.x % columns;
+  const int per_row = ceil_div(tiles, rows);
+  const int begin = min(row * per_row, tiles), end = min(begin + per_row, tiles);
+  uint2 total = make_uint2(0, 0);
+  for (int base = 0; base < bins; base += columns) {
+    const int bin = base + column;
+    uint32_t* counts = segment + bin;
+    uint32_t sum = 0;
+    if (bin < bins) {
+#pragma unroll 16
+      for (int tile = begin; tile < end; ++tile) sum += counts[int64_t{tile} * bins];
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    uint32_t earlier = 0, all = 0;
+    for (int other = 0; other < rows; ++other) {
+      const uint32_t count = sums[other * columns + column];
+      if (other < row) earlier += count;
+      all += count;
+    }
+    const uint2 start =
+        exclusive_scan<kScanThreads / 32>(make_uint2(row == 0 ? all : 0, 0), total, scratch);
+    if (row == 0) first_slot[column] = start.x;
+    __syncthreads();
+    uint32_t slot = first_slot[column] + earlier;
+    if (bin < bins) {
+#pragma unroll 8
+      for (int tile = begin; tile < end; ++tile) {
+        const uint32_t count = counts[int64_t{tile} * bins];
+        counts[int64_t{tile} * bins] = slot;
+        slot += count;
+      }
+    }
+  }
+}
+
+struct ScannedBinStarts {
+  const uint32_t* slots;  // of this tile, from scan_kernel
+  int bins;
+
+  __device__ void operator()(uint32_t* totals, uint32_t* starts, uint32_t* shifts,
+                             uint32_t* scratch) const {
+    __syncthreads();  // the totals are written
+    uint2 sum = make_uint2(0, 0);
+    for (int base = 0; base < bins; base += kTileThreads) {
+      const int bin = base + threadIdx.x;
+      const uint32_t own = bin < bins ? totals[bin] : 0;
+      const uint2 start = exclusive_scan<kTileThreads / 32>(make_uint2(own, 0), sum, scratch);
+      if (bin < bins) {
+        starts[bin] = start.x;
+        shifts[bin] = slots[bin] - start.x;
+      }
+    }
+  }
+};
+
+template <class MakePass, int kItems, bool kBallots>
+__global__ __launch_bounds__(kTileThreads,
+                             2) void scatter_kernel(MakePass make_pass, const uint32_t* slots,
+                                                    int64_t length, int tiles, int bins) {
+  extern __shared__ __align__(16) uint32_t shared[];
+  const auto pass = make_pass(blockIdx.x / tiles);
+  const Tile tile = tile_at<kItems>(blockIdx.x % tiles, length);
+  const ScannedBinStarts bin_starts{slots + int64_t{blockIdx.x} * bins, bins};
+  sort_tile<typename MakePass::Pass, kTileThreads, kItems, kBallots>(pass, tile, bins, shared,
+                                                                     bin_starts);
+}
+
+// The passes of a segment, by its number.
+struct MakeBucketsToOrder {
+  using Pass = BucketsToOrder;
+  using Key = uint32_t;
+  const int32_t* buckets;
+  int32_t* order;
+  int64_t length;
+  int n_buckets;
+  __device__ Pass operator()(int64_t segment) const {
+    return {buckets + segment * length, order + segment * length, n_buckets};
+  }
+};
+struct MakeBucketsToPacked {
+  using Pass = BucketsToPacked;
+  using Key = uint32_t;
+  const int32_t* buckets;
+  uint32_t* records;
+  int64_t length;
+  int n_buckets, digit_bits;
+  __device__ Pass operator()(int64_t segment) const {
+    return {buckets + segment * length, records + segment * length, n_buckets, digit_bits};
+  }
+};
+struct MakePackedToOrder {
+  using Pass = PackedToOrder;
+  using Key = uint32_t;
+  const uint32_t* records;
+  int32_t* order;
+  int64_t length;
+  int digit_bits;
+  __device__ Pass operator()(int64_t segment) const {
+    return {records + segment * length, order + segment * length, digit_bits};
+  }
+};
+template <bool kFirst, bool kLast>
+struct MakeWidePass {
+  using Pass = WidePass<kFirst, kLast>;
+  using Key = uint64_t;
+  const int32_t* buckets;
+  const uint64_t* records_in;
+  uint64_t* records_out;
+  int32_t* order;
+  int64_t length;
+  int n_buckets, digit_shift, digit_bits;
+  __device__ Pass operator()(int64_t segment) const {
+    const int64_t first = segment * length;
+    return {buckets + first, records_in + first, records_out + first, order + first,
+            n_buckets,       digit_shift,        digit_bits};
+  }
+};
+
+int tiles_of(int64_t length, int items) {
+  return static_cast<int>(ceil_div<int64_t>(length, kTileThreads * items));
+}
+
+template <int kItems, bool kBallots, class MakePass>
+cudaError_t run_pass(const MakePass& make_pass, uint32_t* histograms, int64_t segments,
+                     int64_t length, int bins, cudaStream_t stream) {
+  const int tiles = tiles_of(length, kItems);
+  const int64_t blocks = segments * tiles;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  const auto grid = static_cast<unsigned>(blocks);
+  const int staged =
+      kTileThreads * kItems * static_cast<int>(sizeof(typename MakePass::Pass::Word));
+  const int bytes = TileMemory(kTileThreads / 32, staged, bins).bytes();
+  const auto scatter = scatter_kernel<MakePass, kItems, kBallots>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(scatter, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  int columns = 32;
+  while (columns < bins && columns < kScanThreads) columns *= 2;
+
+  histogram_kernel<MakePass, kItems><<<grid, kTileThreads, bins * sizeof(uint32_t), stream>>>(
+      make_pass, histograms, length, tiles, bins);
+  scan_kernel<<<static_cast<unsigned>(segments), kScanThreads, 0, stream>>>(histograms, tiles, bins,
+                                                                            columns);
+  scatter<<<grid, kTileThreads, bytes, stream>>>(make_pass, histograms, length, tiles, bins);
+  return cudaGetLastError();
+}
+
+// ---- Choice
+
+enum class Method { cluster, tiles, packed, wide };
+
+struct Plan {
+  Method method;
+  int cluster;  // blocks per segment
+  int passes, digit_bits;
+  int64_t group;                          // segments sorted together: they share the workspace
+  int64_t histogram_bytes, record_bytes;  // per segment and buffer
+  int record_buffers;
+
+  int64_t workspace() const { return group * (histogram_bytes + record_buffers * record_bytes); }
+};
+
+int bits_of(int64_t n_buckets) {
+  int bits = 1;
+  while ((int64_t{1} << bits) < n_buckets) ++bits;
+  return bits;
+}
+
+// Time of a kernel whose blocks work through `items` each, in items of one multiprocessor. The
+// constants fit measurements on an H200.
+int64_t cluster_cost(const BucketSortParams& params, int cluster, int multiprocessors) {
+  constexpr int64_t kBlockStart = 2048;
+  // A cluster lives within one group of 16 to 18 multiprocessors, so larger ones leave some idle.
+  const int64_t slots =
+      std::max(1, cluster <= 2 ? multiprocessors / cluster : multiprocessors * 7 / 8 / cluster);
+  return ceil_div(params.segments, slots) *
+         (ceil_div<int64_t>(params.length, cluster) + kBlockStart);
+}
+int64_t tiles_cost(const BucketSortParams& params, int multiprocessors) {
+  constexpr int64_t kLaunches = 6000, kTile = kTileThreads * kOnePassItems;
+  return kLaunches + std::max(kTile, params.segments * params.length / multiprocessors) * 5 / 4;
+}
+
+Plan plan_tiles(const BucketSortParams& params, Method method, int passes, int items, int64_t bins,
+                int record_bytes) {
+  Plan plan{method, 0, passes, 0, 0, 0, 0, 0};
+  plan.histogram_bytes = round_up<int64_t>(tiles_of(params.length, items) * bins * 4, 256);
+  plan.record_bytes = round_up<int64_t>(params.length * record_bytes, 256);
+  plan.record_buffers = std::min(passes - 1, 2);
+  const int64_t per_segment = plan.histogram_bytes + plan.record_buffers * plan.record_bytes;
+  plan.group = std::clamp<int64_t>(kWorkspaceTarget / per_segment, 1, params.segments);
+  return plan;
+}
+
+cudaError_t make_plan(const BucketSortParams& params, Plan* plan) {
+  DeviceTraits traits{};
+  const cudaError_t error = current_device_traits(&traits);
+  if (error != cudaSuccess) return error;
+  const auto fits = [&](int threads, int items) {
+    if (params.n_buckets > kPackedBuckets) return false;
+    const TileMemory memory(threads / 32, threads * items * int{sizeof(uint32_t)},
+                            static_cast<int>(params.n_buckets));
+    return memory.bytes() <= traits.shared_memory;
+  };
+
+  const bool tiles_fit = fits(kTileThreads, kOnePassItems);
+  if (traits.major >= 9 && has_body<cluster_kernel<kMaxClusterItems>>() &&
+      fits(kClusterThreads, kMaxClusterItems)) {
+    int best = 0;
+    int64_t best_cost = tiles_fit ? tiles_cost(params, traits.multiprocessors) : INT64_MAX;
+    for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
+      if (ceil_div<int64_t>(params.length, cluster) > kMaxClusterTile) continue;
+      const int64_t cost = cluster_cost(params, cluster, traits.multiprocessors);
+      if (cost < best_cost) {
+        best = cluster;
+        best_cost = cost;
+      }
+    }
+    if (best != 0 && params.segments * best <= INT32_MAX) {
+      *plan = Plan{Method::cluster, best, 1, 0, params.segments, 0, 0, 0};
+      return cudaSuccess;
+    }
+  }
+  if (tiles_fit) {
+    *plan = plan_tiles(params, Method::tiles, 1, kOnePassItems, params.n_buckets, 0);
+    return cudaSuccess;
+  }
+  const int bits = bits_of(params.n_buckets);
+  const bool packed = params.n_buckets <= kPackedBuckets && params.length <= kPackedLength;
+  const int passes = packed ? 2 : ceil_div(bits, kDigitBits);
+  const int digit_bits = ceil_div(bits, passes);
+  *plan = plan_tiles(params, packed ? Method::packed : Method::wide, passes, kDigitPassItems,
+                     int64_t{1} << digit_bits, packed ? 4 : 8);
+  plan->digit_bits = digit_bits;
+  return cudaSuccess;
+}
+
+// ---- The least-significant-digit sorts of one group of segments
+
+cudaError_t packed_sort(const BucketSortParams& params, const Plan& plan, cudaStream_t stream) {
+  auto* histograms = static_cast<uint32_t*>(params.workspace);
+  auto* records = reinterpret_cast<uint32_t*>(static_cast<std::byte*>(params.workspace) +
+                                              params.segments * plan.histogram_bytes);
+  const int n_buckets = static_cast<int>(params.n_buckets), bins = 1 << plan.digit_bits;
+  const cudaError_t error = run_pass<kDigitPassItems, true>(
+      MakeBucketsToPacked{params.buckets, records, params.length, n_buckets, plan.digit_bits},
+      histograms, params.segments, params.length, bins, stream);
+  if (error != cudaSuccess) return error;
+  return run_pass<kDigitPassItems, true>(
+      MakePackedToOrder{records, params.order, params.length, plan.digit_bits}, histograms,
+      params.segments, params.length, bins, stream);
+}
+
+template <bool kFirst, bool kLast>
+cudaError_t wide_pass(const BucketSortParams& params, const Plan& plan, int pass,
+                      cudaStream_t stream) {
+  auto* base = static_cast<std::byte*>(params.workspace);
+  const auto buffer = [&](int index) {
+    return reinterpret_cast<uint64_t*>(
+        base + params.segments * (plan.histogram_bytes + index * plan.record_bytes));
+  };
+  // Passes alternate between the buffers; with one pass or two, the second buffer is not touched.
+  const MakeWidePass<kFirst, kLast> make_pass{
+      params.buckets,         buffer((pass + 1) % 2), buffer(pass % 2),
+      params.order,           params.length,          static_cast<int>(params.n_buckets),
+      pass * plan.digit_bits, plan.digit_bits};
+  return run_pass<kDigitPassItems, true>(make_pass, reinterpret_cast<uint32_t*>(base),
+                                         params.segments, params.length, 1 << plan.digit_bits,
+                                         stream);
+}
+
+cudaError_t wide_sort(const BucketSortParams& params, const Plan& plan, cudaStream_t stream) {
+  if (plan.passes == 1) return wide_pass<true, true>(params, plan, 0, stream);
+  cudaError_t error = wide_pass<true, false>(params, plan, 0, stream);
+  for (int pass = 1; pass < plan.passes - 1 && error == cudaSuccess; ++pass) {
+    error = wide_pass<false, false>(params, plan, pass, stream);
+  }
+  return error != cudaSuccess ? error
+                              : wide_pass<false, true>(params, plan, plan.passes - 1, stream);
+}
+
+bool valid(const BucketSortParams& params) {
+  return params.segments >= 0 && params.length >= 0 && params.length <= INT32_MAX &&
+         params.n_buckets >= 1 && params.n_buckets <= INT32_MAX;
+}
+
+}  // namespace
+}  // namespace sort
+
+int64_t bucket_sort_workspace(const BucketSortParams& params) {
+  sort::Plan plan{};
+  if (!sort::valid(params) || params.segments == 0 || params.length == 0) return 0;
+  return sort::make_plan(params, &plan) == cudaSuccess ? plan.workspace() : 0;
+}
+
+cudaError_t bucket_sort(const BucketSortParams& params, cudaStream_t stream) {
+  using sort::Method;
+  if (!sort::valid(params)) return cudaErrorInvalidValue;
+  if (params.segments == 0 || params.length == 0) return cudaSuccess;
+  sort::Plan plan{};
+  cudaError_t error = sort::make_plan(params, &plan);
+  if (error != cudaSuccess) return error;
+  if (plan.method == Method::cluster) return sort::cluster_sort(params, plan.cluster, stream);
+
+  for (int64_t first = 0; first < params.segments && error == cudaSuccess; first += plan.group) {
+    BucketSortParams group = params;
+    group.buckets += first * params.length;
+    group.order += first * params.length;
+    group.segments = std::min(plan.group, params.segments - first);
+    switch (plan.method) {
+      case Method::tiles:
+        error = sort::run_pass<sort::kOnePassItems, false>(
+            sort::MakeBucketsToOrder{group.buckets, group.order, group.length,
+                                     static_cast<int>(group.n_buckets)},
+            static_cast<uint32_t*>(group.workspace), group.segments, group.length,
+            static_cast<int>(group.n_buckets), stream);
+        break;
+      case Method::packed:
+        error = sort::packed_sort(group, plan, stream);
+        break;
+      case Method::wide:
+        error = sort::wide_sort(group, plan, stream);
+        break;
+      default:
+        error = cudaErrorInvalidValue;
+    }
+  }
+  return error;
+}
+
+}  // namespace reformer::kernels

@@ -1,0 +1,489 @@
+// Entry points of chunked attention, and the stages around the main kernels. All of these stages
+// are bound by memory: eight lanes share a position and move its row in pieces of 16 bytes.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "chunked_attention.h"
+#include "chunked_attention_stages.h"
+#include "mma.cuh"
+
+namespace reformer::kernels {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr int kThreads = 256, kLanes = 8;  // lanes per position
+
+// Heads are taken in groups whose workspace stays below this, one at least.
+constexpr int64_t kWorkspaceCap = int64_t{5} << 28;  // 1.25 GiB
+
+// 16 bytes of a row, as floats.
+template <typename T>
+struct Piece {
+  static constexpr int kSize = 16 / sizeof(T);
+  float x[kSize];
+
+  __device__ __forceinline__ Piece() : x{} {}
+  __device__ __forceinline__ explicit Piece(const T* row) {
+    alignas(16) T values[kSize];
+    *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(row);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] = to_float(values[i]);
+  }
+  __device__ __forceinline__ void store(T* row) const {
+    alignas(16) T values[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) values[i] = from_float<T>(x[i]);
+    *reinterpret_cast<uint4*>(row) = *reinterpret_cast<const uint4*>(values);
+  }
+  __device__ __forceinline__ void add(const Piece& other, float factor = 1) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] += factor * other.x[i];
+  }
+  __device__ __forceinline__ float dot(const Piece& other) const {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) sum += x[i] * other.x[i];
+    return sum;
+  }
+};
+
+// The sum over the lanes of a position.
+__device__ __forceinline__ float sum_lanes(float x) {
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2)
+    x += __shfl_xor_sync(0xffffffffU, x, offset);
+  return x;
+}
+
+// The position eight lanes work on. Lanes beyond the last position repeat it, so that shuffles stay
+// whole.
+struct Position {
+  int64_t index;  // within the group: head * L + l
+  int64_t head, l, batch, head_in_batch;
+  int lane;
+  bool real;
+
+  __device__ Position(const ChunkedAttentionParams& params, int64_t head_begin,
+                      int64_t head_count) {
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t last = head_count * params.length - 1;
+    real = thread / kLanes <= last;
+    index = real ? thread / kLanes : last;
+    lane = static_cast<int>(thread % kLanes);
+    head = index / params.length;
+    l = index - head * params.length;
+    batch = (head_begin + head) / params.heads;
+    head_in_batch = (head_begin + head) % params.heads;
+  }
+
+  template <typename T>
+  __device__ __forceinline__ T* row(const HeadsView& view) const {
+    return static_cast<T*>(view.data) + batch * view.stride_b + head_in_batch * view.stride_h +
+           l * view.stride_l;
+  }
+
+  // A row of [head_count, R, L, D], and the step to the next round's.
+  template <typename T>
+  __device__ __forceinline__ const T* partial(const void* data,
+                                              const ChunkedAttentionParams& params) const {
+    return static_cast<const T*>(data) +
+           (head * params.rounds * params.length + l) * params.head_dim;
+  }
+
+  __device__ __forceinline__ bool is_padding(const ChunkedAttentionParams& params) const {
+    return params.key_padding_mask != nullptr && params.key_padding_mask[batch * params.length + l];
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ float key_scale_of(const T* q, int head_dim, int lane) {
+  float sum = 0;
+  for (int d = lane * Piece<T>::kSize; d < head_dim; d += kLanes * Piece<T>::kSize) {
+    const Piece<T> piece(q + d);
+    sum += piece.dot(piece);
+  }
+  const float norm = sqrtf(sum_lanes(sum));
+  return 1 / (norm < kMinKeyNorm ? kMinKeyNorm : norm);  // NaN stays NaN
+}
+
+template <typename T>
+__global__ void key_scale_kernel(const __grid_constant__ ChunkedAttentionParams params,
+                                 int64_t head_begin, int64_t head_count, float* key_scale) {
+  const Position position(params, head_begin, head_count);
+  const float scale =
+      key_scale_of(position.row<T>(params.q), static_cast<int>(params.head_dim), position.lane);
+  if (position.real && position.lane == 0) key_scale[position.index] = scale;
+}
+
+// chunk_numbers[head, l, round]: the chunk of its round in which position l stands.
+__global__ void chunk_numbers_kernel(const __grid_constant__ ChunkedAttentionParams params,
+                                     int64_t head_begin, int64_t head_count,
+                                     int32_t* chunk_numbers) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= head_count * params.rounds * params.length) return;
+  const int64_t slot = index % params.length, round = index / params.length % params.rounds;
+  const int64_t head = index / params.length / params.rounds;
+  const int64_t token = params.order[head_begin * params.rounds * params.length + index];
+  const int64_t l = token < 0 ? 0 : token < params.length ? token : params.length - 1;
+  chunk_numbers[(head * params.length + l) * params.rounds + round] =
+      static_cast<int32_t>(slot / params.chunk_size);
+}
+
+// out = sum of the rounds' outputs weighted by exp(their lse - the total lse).
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const __grid_constant__ ChunkedAttentionParams params,
+                   const __grid_constant__ ForwardStage stage) {
+  const Position position(params, stage.head_begin, stage.head_count);
+  if (!position.real) return;
+  const int rounds = static_cast<int>(params.rounds), head_dim = static_cast<int>(params.head_dim);
+  const float* partial_lse =
+      stage.partial_lse + position.head * rounds * params.length + position.l;
+
+  float peak = -INFINITY, sum = 0;
+  for (int round = 0; round < rounds; ++round) {
+    const float lse = partial_lse[round * params.length];
+    if (lse == -INFINITY) continue;
+    const float new_peak = fmaxf(peak, lse);
+    sum = sum * exp2f(peak - new_peak) + exp2f(lse - new_peak);  // a NaN makes the sum NaN
+    peak = new_peak;
+  }
+  const bool has_key = sum != 0;
+  const bool self_only = !has_key && params.mask_self && !position.is_padding(params);
+  const float lse = peak + log2f(sum);
+
+  const T* v = position.row<T>(params.v);
+  T* out = position.row<T>(params.out);
+  const T* partial_out = position.partial<T>(stage.partial_out, params);
+  const int64_t stride = params.length * head_dim;
+  for (int d = position.lane * Piece<T>::kSize; d < head_dim; d += kLanes * Piece<T>::kSize) {
+    Piece<T> row;
+    if (has_key) {
+#pragma unroll 8
+      for (int round = 0; round < rounds; ++round) {
+        const Piece<T> partial(partial_out + round * stride + d);
+        const float round_lse = partial_lse[round * params.length];
+        if (round_lse != -INFINITY) row.add(partial, exp2f(round_lse - lse));
+      }
+    } else if (self_only) {
+      row = Piece<T>(v + d);
+    }
+    row.store(out + d);
+  }
+  if (position.lane == 0) {
+    params.lse[stage.head_begin * params.length + position.index] = self_only ? kSelfOnlyLse
+                                                                    : has_key ? lse * kLn2
+                                                                              : -INFINITY;
+  }
+}
+
+template <typename T>
+__global__ void row_stats_kernel(const __grid_constant__ ChunkedAttentionBackwardParams params,
+                                 int64_t head_begin, int64_t head_count, RowStats* row_stats) {
+  const Position position(params, head_begin, head_count);
+  const int head_dim = static_cast<int>(params.head_dim);
+  const T* grad_out = position.row<T>(params.grad_out);
+  const T* out = position.row<T>(params.out);
+  float delta = 0;
+  for (int d = position.lane * Piece<T>::kSize; d < head_dim; d += kLanes * Piece<T>::kSize) {
+    delta += Piece<T>(grad_out + d).dot(Piece<T>(out + d));
+  }
+  delta = sum_lanes(delta);
+  const float key_scale = params.k.data == nullptr
+                              ? key_scale_of(position.row<T>(params.q), head_dim, position.lane)
+                              : 1;
+  if (!position.real || position.lane != 0) return;
+
+  const int64_t row = head_begin * params.length + position.index;
+  const float lse = params.lse[row];
+  if (params.grad_lse != nullptr) delta -= params.grad_lse[row];
+  RowStats stats;
+  stats.lse = lse == -INFINITY || lse == kSelfOnlyLse ? INFINITY : lse * kLog2e;
+  stats.delta = delta;
+  stats.key_scale = key_scale;
+  stats.is_padding = position.is_padding(params) ? 1 : 0;
+  row_stats[position.index] = stats;
+}
+
+template <typename T>
+__device__ __forceinline__ Piece<T> sum_rounds(const T* partial, int64_t stride, int rounds) {
+  Piece<T> sum;
+#pragma unroll 8
+  for (int round = 0; round < rounds; ++round) sum.add(Piece<T>(partial + round * stride));
+  return sum;
+}
+
+// Sums the rounds' gradients, in their order. For shared QK the gradient of k = q / |q| goes
+// through the normalisation, dq += (dk - (dk . k) k) / |q|, unless the main kernel has done that
+// (no partial_k). A query that had nothing but itself passes its gradient on to its value.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    reduce_kernel(const __grid_constant__ ChunkedAttentionBackwardParams params,
+                  const __grid_constant__ BackwardStage stage) {
+  constexpr int kStep = kLanes * Piece<T>::kSize, kPieces = 256 / kStep;
+  const Position position(params, stage.head_begin, stage.head_count);
+  const int rounds = static_cast<int>(params.rounds), head_dim = static_cast<int>(params.head_dim);
+  const int64_t stride = params.length * head_dim;
+  const int first = position.lane * Piece<T>::kSize;
+  const bool shared_qk = params.k.data == nullptr;
+
+  if (shared_qk && stage.partial_k != nullptr) {
+    const T* q = position.row<T>(params.q);
+    const T* partial_k = position.partial<T>(stage.partial_k, params);
+    Piece<T> grad_k[kPieces];
+    float dot = 0;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int d = first + i * kStep;
+      if (d >= head_dim) continue;
+      grad_k[i] = sum_rounds(partial_k + d, stride, rounds);
+      dot += grad_k[i].dot(Piece<T>(q + d));
+    }
+    dot = sum_lanes(dot);
+    const float scale = stage.row_stats[position.index].key_scale;
+    const float along =
+        scale >= kMaxKeyScale ? 0 : dot * scale * scale;  // below eps the length is fixed
+    const T* partial_q = position.partial<T>(stage.partial_q, params);
+    T* grad_q = position.row<T>(params.grad_q);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int d = first + i * kStep;
+      if (d >= head_dim || !position.real) continue;
+      grad_k[i].add(Piece<T>(q + d), -along);
+      Piece<T> sum = sum_rounds(partial_q + d, stride, rounds);
+      sum.add(grad_k[i], scale);
+      sum.store(grad_q + d);
+    }
+  } else if (position.real) {
+    for (int d = first; d < head_dim; d += kStep) {
+      sum_rounds(position.partial<T>(stage.partial_q, params) + d, stride, rounds)
+          .store(position.row<T>(params.grad_q) + d);
+      if (shared_qk) continue;
+      sum_rounds(position.partial<T>(stage.partial_k, params) + d, stride, rounds)
+          .store(position.row<T>(params.grad_k) + d);
+    }
+  }
+  if (!position.real) return;
+
+  const bool self_only =
+      params.lse[stage.head_begin * params.length + position.index] == kSelfOnlyLse;
+  for (int d = first; d < head_dim; d += kStep) {
+    Piece<T> sum = sum_rounds(position.partial<T>(stage.partial_v, params) + d, stride, rounds);
+    if (self_only) sum.add(Piece<T>(position.row<T>(params.grad_out) + d));
+    sum.store(position.row<T>(params.grad_v) + d);
+  }
+}
+
+unsigned blocks_for(int64_t threads) {
+  return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
+}
+
+// Runs f(T{}) for the element type.
+template <class F>
+cudaError_t dispatch(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32:
+      f(float{});
+      return cudaGetLastError();
+    case DType::f16:
+      f(__half{});
+      return cudaGetLastError();
+    case DType::bf16:
+      f(__nv_bfloat16{});
+      return cudaGetLastError();
+  }
+  return cudaErrorInvalidValue;
+}
+
+int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+bool is_shared_qk(const ChunkedAttentionParams& params) { return params.k.data == nullptr; }
+
+// Within one round a window is a set, so that only several rounds can hold a pair twice.
+bool corrects_duplicates(const ChunkedAttentionParams& params) {
+  return params.correct_duplicates && params.rounds > 1 && params.order != nullptr;
+}
+
+// The main kernels count slots of the line, and positions, in 32 bits.
+bool is_valid(const ChunkedAttentionParams& params) {
+  return params.batch > 0 && params.heads > 0 && params.length > 0 && params.rounds > 0 &&
+         params.head_dim > 0 && params.head_dim <= 256 && params.head_dim % 8 == 0 &&
+         params.chunk_size > 0 && params.look_back >= 0 && params.look_ahead >= 0 &&
+         params.length <= (int64_t{1} << 30) / params.rounds &&
+         (params.rounds == 1 || params.order != nullptr);
+}
+
+// Hands out the arrays of a workspace one after the other; without one it only counts bytes.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <typename T>
+  T* take(int64_t count, int64_t size = sizeof(T)) {
+    char* const array = base_ == nullptr ? nullptr : base_ + bytes_;
+    bytes_ += (count * size + 255) / 256 * 256;
+    return reinterpret_cast<T*>(array);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  int64_t bytes_ = 0;
+};
+
+struct ForwardWorkspace {
+  ForwardStage stage = {};
+  float* key_scale = nullptr;
+  int32_t* chunk_numbers = nullptr;
+  int64_t bytes;
+
+  ForwardWorkspace(const ChunkedAttentionParams& params, int64_t heads, void* base) {
+    Arena arena(base);
+    const int64_t positions = heads * params.length, rows = positions * params.rounds;
+    stage.partial_out = arena.take<void>(rows * params.head_dim, element_size(params.dtype));
+    stage.partial_lse = arena.take<float>(rows);
+    if (is_shared_qk(params)) stage.key_scale = key_scale = arena.take<float>(positions);
+    if (corrects_duplicates(params))
+      stage.chunk_numbers = chunk_numbers = arena.take<int32_t>(rows);
+    bytes = arena.bytes();
+  }
+};
+
+struct BackwardWorkspace {
+  BackwardStage stage = {};
+  RowStats* row_stats = nullptr;
+  int32_t* chunk_numbers = nullptr;
+  int64_t bytes;
+
+  BackwardWorkspace(const ChunkedAttentionBackwardParams& params, int64_t heads, bool sm90,
+                    void* base) {
+    Arena arena(base);
+    const int64_t positions = heads * params.length, rows = positions * params.rounds;
+    const auto take_partial = [&] {
+      return arena.take<void>(rows * params.head_dim, element_size(params.dtype));
+    };
+    stage.row_stats = row_stats = arena.take<RowStats>(positions);
+    stage.partial_q = take_partial();
+    if (!is_shared_qk(params) || !sm90) stage.partial_k = take_partial();
+    stage.partial_v = take_partial();
+    if (corrects_duplicates(params))
+      stage.chunk_numbers = chunk_numbers = arena.take<int32_t>(rows);
+    bytes = arena.bytes();
+  }
+};
+
+int64_t heads_per_group(const ChunkedAttentionParams& params, int64_t bytes_per_head) {
+  return std::min(std::max<int64_t>(kWorkspaceCap / bytes_per_head, 1),
+                  params.batch * params.heads);
+}
+
+int64_t forward_group(const ChunkedAttentionParams& params) {
+  return heads_per_group(params, ForwardWorkspace(params, 1, nullptr).bytes);
+}
+
+int64_t backward_group(const ChunkedAttentionBackwardParams& params, bool sm90) {
+  return heads_per_group(params, BackwardWorkspace(params, 1, sm90, nullptr).bytes);
+}
+
+cudaError_t number_chunks(const ChunkedAttentionParams& params, int64_t head_begin,
+                          int64_t head_count, int32_t* chunk_numbers, cudaStream_t stream) {
+  const int64_t rows = head_count * params.rounds * params.length;
+  chunk_numbers_kernel<<<blocks_for(rows), kThreads, 0, stream>>>(params, head_begin, head_count,
+                                                                  chunk_numbers);
+  return cudaGetLastError();
+}
+
+cudaError_t forward_heads(const ChunkedAttentionParams& params, int64_t head_begin,
+                          int64_t head_count, cudaStream_t stream) {
+  ForwardWorkspace workspace(params, head_count, params.workspace);
+  ForwardStage& stage = workspace.stage;
+  stage.head_begin = head_begin;
+  stage.head_count = head_count;
+  const unsigned blocks = blocks_for(head_count * params.length * kLanes);
+
+  cudaError_t error = cudaSuccess;
+  if (workspace.chunk_numbers != nullptr) {
+    error = number_chunks(params, head_begin, head_count, workspace.chunk_numbers, stream);
+    if (error != cudaSuccess) return error;
+  }
+  if (workspace.key_scale != nullptr) {
+    error = dispatch(params.dtype, [&](auto element) {
+      key_scale_kernel<decltype(element)>
+          <<<blocks, kThreads, 0, stream>>>(params, head_begin, head_count, workspace.key_scale);
+    });
+    if (error != cudaSuccess) return error;
+  }
+  error = sm90_supports(params) ? sm90_forward(params, stage, stream)
+                                : generic_forward(params, stage, stream);
+  if (error != cudaSuccess) return error;
+  return dispatch(params.dtype, [&](auto element) {
+    combine_kernel<decltype(element)><<<blocks, kThreads, 0, stream>>>(params, stage);
+  });
+}
+
+cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm90,
+                           int64_t head_begin, int64_t head_count, cudaStream_t stream) {
+  BackwardWorkspace workspace(params, head_count, sm90, params.workspace);
+  BackwardStage& stage = workspace.stage;
+  stage.head_begin = head_begin;
+  stage.head_count = head_count;
+  const unsigned blocks = blocks_for(head_count * params.length * kLanes);
+
+  cudaError_t error = cudaSuccess;
+  if (workspace.chunk_numbers != nullptr) {
+    error = number_chunks(params, head_begin, head_count, workspace.chunk_numbers, stream);
+    if (error != cudaSuccess) return error;
+  }
+  error = dispatch(params.dtype, [&](auto element) {
+    row_stats_kernel<decltype(element)>
+        <<<blocks, kThreads, 0, stream>>>(params, head_begin, head_count, workspace.row_stats);
+  });
+  if (error != cudaSuccess) return error;
+  error = sm90 ? sm90_backward(params, stage, stream) : generic_backward(params, stage, stream);
+  if (error != cudaSuccess) return error;
+  return dispatch(params.dtype, [&](auto element) {
+    reduce_kernel<decltype(element)><<<blocks, kThreads, 0, stream>>>(params, stage);
+  });
+}
+
+}  // namespace
+
+int64_t chunked_attention_forward_workspace(const ChunkedAttentionParams& params) {
+  if (!is_valid(params)) return 0;
+  return ForwardWorkspace(params, forward_group(params), nullptr).bytes;
+}
+
+int64_t chunked_attention_backward_workspace(const ChunkedAttentionBackwardParams& params) {
+  if (!is_valid(params)) return 0;
+  const bool sm90 = sm90_supports(params);
+  return BackwardWorkspace(params, backward_group(params, sm90), sm90, nullptr).bytes;
+}
+
+cudaError_t chunked_attention_forward(const ChunkedAttentionParams& params, cudaStream_t stream) {
+  if (!is_valid(params)) return cudaErrorInvalidValue;
+  const int64_t heads = params.batch * params.heads, group = forward_group(params);
+  for (int64_t head = 0; head < heads; head += group) {
+    const cudaError_t error = forward_heads(params, head, std::min(group, heads - head), stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t chunked_attention_backward(const ChunkedAttentionBackwardParams& params,
+                                       cudaStream_t stream) {
+  if (!is_valid(params)) return cudaErrorInvalidValue;
+  const bool sm90 = sm90_supports(params);
+  const int64_t heads = params.batch * params.heads, group = backward_group(params, sm90);
+  for (int64_t head = 0; head < heads; head += group) {
+    const cudaError_t error =
+        backward_heads(params, sm90, head, std::min(group, heads - head), stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace reformer::kernels

@@ -1,0 +1,60 @@
+// Sort-chunk-attend: attention inside the chunks of a permutation and between neighbouring chunks,
+// over several rounds (Reformer, section 2). Semantics: reformer_ext/reference.py.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace reformer::kernels {
+
+// [B, H, L, D], last dimension contiguous, rows 16-byte aligned.
+struct HeadsView {
+  void* data;
+  int64_t stride_b, stride_h, stride_l;
+};
+
+struct ChunkedAttentionParams {
+  HeadsView q;
+  HeadsView k;  // data null: shared QK, keys are the length-normalised queries
+  HeadsView v;
+  const int32_t* order;    // [B, H, R, L] contiguous; null: one round in natural order
+  const int32_t* buckets;  // [B, H, R, L] contiguous; null: pairs of different buckets may attend
+  const bool* key_padding_mask;  // [B, L] contiguous, true = padding; null: none
+  const int64_t* dropout_seed;   // one word on the device; null iff dropout_p == 0
+  DType dtype;                   // of q, k, v, out and their gradients
+  int64_t batch, heads, length, head_dim, rounds;
+  int64_t chunk_size, look_back, look_ahead;
+  bool causal, mask_self, wrap, correct_duplicates;
+  float scale;
+  double dropout_p;
+
+  HeadsView out;  // forward: written; backward: read
+  float* lse;     // [B, H, L] contiguous; forward: written; backward: read
+  void* workspace;
+};
+
+struct ChunkedAttentionBackwardParams : ChunkedAttentionParams {
+  HeadsView grad_out;
+  const float* grad_lse;  // [B, H, L] contiguous; null: zero
+  HeadsView grad_q;
+  HeadsView grad_k;  // data null iff k.data is
+  HeadsView grad_v;
+};
+
+// The lse of a query whose only valid key is itself under mask_self (its output is then v_i).
+inline constexpr float kSelfOnlyLse = -1e5f;
+
+// Bytes of scratch the passes need for these sizes and flags (pointers are not read, except for
+// null).
+int64_t chunked_attention_forward_workspace(const ChunkedAttentionParams& params);
+int64_t chunked_attention_backward_workspace(const ChunkedAttentionBackwardParams& params);
+
+// Enqueue; never synchronise or allocate. Deterministic: no atomics.
+cudaError_t chunked_attention_forward(const ChunkedAttentionParams& params, cudaStream_t stream);
+cudaError_t chunked_attention_backward(const ChunkedAttentionBackwardParams& params,
+                                       cudaStream_t stream);
+
+}  // namespace reformer::kernels

@@ -1,0 +1,351 @@
+// Backward main kernel of chunked attention by wgmma: shared QK, chunks of 64, one chunk back.
+//
+// Key-major: a key chunk meets the queries of its own and of the next chunk, transposed so that P^T
+// and dS^T stay in registers as operands of dV += P^T dO and dK += dS^T Q. Only dS^T passes through
+// shared memory, for dQ += dS K. A chunk's dQ begins with the previous chunk's keys and ends with
+// its own, where dK and dV are complete too: one row of each per (round, position), and no atomics.
+#include "chunked_attention_sm90.cuh"
+
+namespace reformer::kernels {
+namespace sm90 {
+namespace {
+
+constexpr int kResidentBlocks = 2;  // per multiprocessor
+constexpr int kLongestRun = 32;
+
+template <typename Element>
+struct BackwardArgs {
+  Rows q, v, grad_out;
+  const int32_t* order;
+  const RowStats* row_stats;
+  Element* partial_q;
+  Element* partial_v;
+  Line line;
+  int heads, head_begin, run_length;
+  float scale, scale_log2;  // scale_log2: scale * log2(e)
+};
+
+enum Tile { kQ, kV, kGradOut, kTiles };
+
+struct BackwardShared {
+  uint8_t tiles[kSlots][kTiles][kTileBytes];
+  uint8_t score_gradients[2][kTileBytes];  // dS^T
+  uint8_t staging[kWarps][kStagingBytes];
+  RowStats stats[kSlots][kTileRows];
+  int position[kPositionSlots][kTileRows];
+};
+
+// causal: a query attends if its position is greater; else unless it is equal.
+template <bool kCausal>
+__device__ __forceinline__ int key_bound(const Line& line, int position, bool valid) {
+  if (!valid) return kInvalidKey;
+  if (kCausal) return line.mask_self ? position : position - 1;
+  return line.mask_self ? position : -2;
+}
+
+// The factor of a key's dS^T row: scale and the key's normalisation. Zero rows of q have key_scale
+// 1 / eps, out of fp16's range; their keys are zero and get no gradient there, rather than
+// infinities for all.
+template <typename Element>
+__device__ __forceinline__ float gradient_scale(float key_scale, float scale) {
+  constexpr float kLargest = 1 << 24;  // 1 / the smallest norm of a non-zero fp16 row
+  if (std::is_same_v<Element, __half> && key_scale > kLargest) return 0.0F;
+  return key_scale * scale;
+}
+
+// P^T = exp2(logits - lse) from S^T = K Q^T: to `weights` as an operand, to `scores` times the
+// key's gradient factor. Rows are keys, columns queries.
+template <typename Element, bool kCausal>
+__device__ __forceinline__ void recompute_weights(Fragments& weights, Accumulator& scores,
+                                                  const float (&logit_scales)[2],
+                                                  const float (&gradient_scales)[2],
+                                                  const int (&key_bounds)[2],
+                                                  const RowStats* query_stats,
+                                                  const int* query_positions, uint32_t thread) {
+  const uint32_t quad_column = thread % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t column = 8 * j + quad_column;
+    const float lse[2] = {query_stats[column].lse, query_stats[column + 1].lse};
+    const int2 pair = *reinterpret_cast<const int2*>(&query_positions[column]);
+    const int positions[2] = {pair.x, pair.y};
+    float p[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float weight = exp2_approx(fmaf(scores[j][e], logit_scales[e / 2], -lse[e % 2]));
+      p[e] = may_attend<kCausal>(key_bounds[e / 2], positions[e % 2]) ? weight : 0.0F;
+      scores[j][e] = p[e] * gradient_scales[e / 2];
+    }
+    pack_columns<Element>(weights, j, p[0], p[1], p[2], p[3]);
+  }
+}
+
+// dS^T = P^T (dP^T - delta), packed; scaled_weights are P^T times the gradient factor.
+template <typename Element>
+__device__ __forceinline__ void score_gradients(Fragments& gradients,
+                                                const Accumulator& scaled_weights,
+                                                const Accumulator& weight_gradients,
+                                                const RowStats* query_stats, uint32_t thread) {
+  const uint32_t quad_column = thread % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t column = 8 * j + quad_column;
+    const float delta[2] = {query_stats[column].delta, query_stats[column + 1].delta};
+    float ds[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      ds[e] = scaled_weights[j][e] * (weight_gradients[j][e] - delta[e % 2]);
+    }
+    pack_columns<Element>(gradients, j, ds[0], ds[1], ds[2], ds[3]);
+  }
+}
+
+// A 64 x 64 tile in half the registers.
+using PackedTile = uint32_t[8][2];
+
+template <typename Element>
+__device__ __forceinline__ void pack_tile(PackedTile& packed, const Accumulator& tile) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    packed[i / 2][i % 2] = pack<Element>(tile[i / 2][i % 2 * 2], tile[i / 2][i % 2 * 2 + 1]);
+  }
+}
+
+// Through the normalisation k = q / |q|: grad_k, the gradient of k divided by |q| already, loses
+// its part along k, unless the norm is clamped. Adds grad_q. Result in grad_k.
+template <typename Element>
+__device__ __forceinline__ void add_projected(Accumulator& grad_k, const PackedTile& grad_q,
+                                              const uint8_t* q_tile, uint32_t upper_row,
+                                              const float (&key_scales)[2], uint32_t thread) {
+  PackedTile q;
+  float products[2] = {0.0F, 0.0F};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int j = i / 2, half = i % 2;
+    q[j][half] = *reinterpret_cast<const uint32_t*>(q_tile + swizzled(upper_row + 8 * half, j) +
+                                                    thread % 4 * 4);
+    const float2 pair = unpack<Element>(q[j][half]);
+    products[half] += pair.x * grad_k[j][2 * half] + pair.y * grad_k[j][2 * half + 1];
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float along = quad_sum(products[half]) * key_scales[half] * key_scales[half];
+    products[half] = key_scales[half] < kMaxKeyScale ? along : 0.0F;
+  }
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int j = i / 2, half = i % 2;
+    const float2 pair = unpack<Element>(q[j][half]), sum = unpack<Element>(grad_q[j][half]);
+    grad_k[j][2 * half] += sum.x - products[half] * pair.x;
+    grad_k[j][2 * half + 1] += sum.y - products[half] * pair.y;
+  }
+}
+
+template <typename Element, int kHeadDim, bool kCausal>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    backward_kernel(const __grid_constant__ BackwardArgs<Element> args) {
+#ifdef REFORMER_SM90A
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  BackwardShared& shared = *reinterpret_cast<BackwardShared*>(shared_bytes);
+  const Line& line = args.line;
+
+  const int first_chunk = blockIdx.x * args.run_length;
+  const uint32_t steps = min(args.run_length, line.chunks() - first_chunk);
+  const int local_head = blockIdx.y, head = args.head_begin + local_head, batch = head / args.heads;
+  const int64_t rows_per_head = int64_t{line.rounds} * line.length;
+
+  const int32_t* order =
+      args.order == nullptr ? nullptr : args.order + int64_t{head} * rows_per_head;
+  const uint8_t* q = args.q.head(batch, head % args.heads);
+  const uint8_t* v = args.v.head(batch, head % args.heads);
+  const uint8_t* grad_out = args.grad_out.head(batch, head % args.heads);
+  const RowStats* row_stats = args.row_stats + int64_t{local_head} * line.length;
+  Element* partial_q = args.partial_q + local_head * rows_per_head * kHeadDim;
+  Element* partial_v = args.partial_v + local_head * rows_per_head * kHeadDim;
+
+  // Chunks are numbered from the run's predecessor on. While the keys of chunk n meet the queries
+  // of chunk n + 1, chunk n + 2 is copied and the positions of chunk n + 4 are loaded.
+  Chunk chunk = line.at(first_chunk), ahead = line.at(first_chunk - 1);
+  const auto load_position = [&] {
+    const int slot = ahead.index * kTileRows + threadIdx.x;
+    return threadIdx.x < kTileRows ? position_at(line, order, ahead.round, slot) : 0;
+  };
+  const auto store_position = [&](uint32_t n, int position) {
+    if (threadIdx.x < kTileRows) shared.position[n % kPositionSlots][threadIdx.x] = position;
+  };
+  const auto gather = [&](uint32_t n, uint32_t rows, uint32_t thread) {
+    const uint32_t slot = n % kSlots;
+    const auto& positions = shared.position[n % kPositionSlots];
+    auto& tiles = shared.tiles[slot];
+    int copied[kCopiedRows];
+    read_copied_positions(copied, positions, thread);
+    gather_tile<kHeadDim>(shared_address(tiles[kQ]), q, args.q.row_bytes, copied, thread);
+    gather_tile<kHeadDim>(shared_address(tiles[kV]), v, args.v.row_bytes, copied, thread);
+    gather_tile<kHeadDim>(shared_address(tiles[kGradOut]), grad_out, args.grad_out.row_bytes,
+                          copied, thread);
+    if (thread < rows) {
+      copy_async<16>(shared_address(&shared.stats[slot][thread]), row_stats + positions[thread]);
+    } else if (thread < kTileRows) {
+      shared.stats[slot][thread] = {INFINITY, 0.0F, 0.0F, 1.0F};  // past the end: no weight, no key
+    }
+    copy_async_commit();
+  };
+
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    store_position(n, load_position());
+    ahead = line.next(ahead);
+  }
+  __syncthreads();
+  gather(0, line.rows(line.at(first_chunk - 1)), threadIdx.x);
+  gather(1, line.rows(chunk), threadIdx.x);
+  int pending_position = load_position();
+
+  Accumulator grad_q, grad_k, grad_v;
+  uint32_t buffer = 0;  // of score_gradients
+
+  // The keys of chunk `keys` meet the queries of chunk `queries`. First products start a sum, later
+  // ones add to it. Leaves the product for grad_q running.
+  const auto attend = [&](uint32_t keys, uint32_t queries, bool neighbours, auto with_key_gradients,
+                          bool add_to_keys, bool add_to_queries) {
+    constexpr bool kWithKeyGradients = decltype(with_key_gradients)::value;
+    const uint32_t thread = renewed(threadIdx.x);
+    // The first of the thread's two rows; the other is 8 below.
+    const uint32_t upper_row = thread / 32 * 16 + thread % 32 / 4;
+    const uint32_t key_slot = keys % kSlots, query_slot = queries % kSlots;
+    const auto descriptor = [&](uint32_t slot, Tile tile) {
+      return tile_descriptor(shared_address(shared.tiles[slot][tile]));
+    };
+
+    Accumulator scores, weight_gradients;
+    wgmma_fence();
+    multiply_abt<Element, kHeadDim / 16>(scores, descriptor(key_slot, kQ),
+                                         descriptor(query_slot, kQ));
+    multiply_abt<Element, kHeadDim / 16>(weight_gradients, descriptor(key_slot, kV),
+                                         descriptor(query_slot, kGradOut));
+
+    float logit_scales[2], gradient_scales[2];
+    int key_bounds[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t row = upper_row + 8 * half;
+      const RowStats& stats = shared.stats[key_slot][row];
+      logit_scales[half] = stats.key_scale * args.scale_log2;
+      gradient_scales[half] = gradient_scale<Element>(stats.key_scale, args.scale);
+      key_bounds[half] = key_bound<kCausal>(line, shared.position[keys % kPositionSlots][row],
+                                            neighbours && stats.is_padding == 0.0F);
+    }
+    Fragments weights, gradients;
+    wgmma_wait<1>();
+    pin(scores);
+    recompute_weights<Element, kCausal>(weights, scores, logit_scales, gradient_scales, key_bounds,
+                                        shared.stats[query_slot],
+                                        shared.position[queries % kPositionSlots], thread);
+    if constexpr (kWithKeyGradients) {
+      wgmma_fence();
+      multiply_ab<Element>(grad_v, weights, descriptor(query_slot, kGradOut), add_to_keys);
+      wgmma_wait<1>();
+    } else {
+      wgmma_wait<0>();
+    }
+    pin(weight_gradients);
+    score_gradients<Element>(gradients, scores, weight_gradients, shared.stats[query_slot], thread);
+    uint8_t* score_tile = shared.score_gradients[buffer];
+    store_fragments(shared_address(score_tile), gradients, thread);
+    if constexpr (kWithKeyGradients) {
+      wgmma_fence();
+      multiply_ab<Element>(grad_k, gradients, descriptor(query_slot, kQ), add_to_keys);
+    }
+    fence_shared_for_wgmma();
+    __syncthreads();
+    wgmma_fence();
+    multiply_atb<Element>(grad_q, tile_descriptor(shared_address(score_tile)),
+                          descriptor(key_slot, kQ), add_to_queries);
+    buffer ^= 1;
+  };
+
+  copy_async_wait_and_sync();
+  gather(2, line.rows(line.next(chunk)), threadIdx.x);
+  attend(0, 1, line.has_previous(chunk), std::false_type{}, false, false);
+  for (uint32_t n = 1; n <= steps; ++n) {
+    attend(n, n, true, std::true_type{}, false, true);
+    PackedTile grad_q_rows;
+    wgmma_wait<0>();
+    pin(grad_q);
+    pack_tile<Element>(grad_q_rows, grad_q);
+
+    // Chunk n - 1 is done with in every warp: its slot takes chunk n + 2.
+    const Chunk next = line.next(chunk);
+    store_position(n + 3, pending_position);
+    copy_async_wait_and_sync();
+    if (n < steps) gather(n + 2, line.rows(line.next(next)), renewed(threadIdx.x));
+    ahead = line.next(ahead);
+    pending_position = load_position();
+    attend(n, n + 1, line.has_previous(next), std::true_type{}, true, false);
+
+    wgmma_wait<1>();  // all but grad_q of chunk n + 1
+    pin(grad_k);
+    pin(grad_v);
+    const uint32_t thread = renewed(threadIdx.x);
+    const uint32_t upper_row = thread / 32 * 16 + thread % 32 / 4, slot = n % kSlots;
+    const float key_scales[2] = {shared.stats[slot][upper_row].key_scale,
+                                 shared.stats[slot][upper_row + 8].key_scale};
+    add_projected<Element>(grad_k, grad_q_rows, shared.tiles[slot][kQ], upper_row, key_scales,
+                           thread);
+    const uint32_t warp = thread / 32, first_row = 16 * warp;
+    const int* positions = &shared.position[n % kPositionSlots][first_row];
+    const int64_t round_begin = int64_t{chunk.round} * line.length * kHeadDim;
+    const int count = line.rows(chunk) - static_cast<int>(first_row);
+    store_rows<Element, kHeadDim>(grad_k, partial_q + round_begin, positions, count,
+                                  shared.staging[warp], thread);
+    store_rows<Element, kHeadDim>(grad_v, partial_v + round_begin, positions, count,
+                                  shared.staging[warp], thread);
+    chunk = next;
+  }
+  wgmma_wait<0>();
+#endif
+}
+
+template <typename Element, int kHeadDim, bool kCausal>
+cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
+                            const BackwardStage& stage, cudaStream_t stream) {
+  int multiprocessors = 0;
+  cudaError_t error = multiprocessor_count(&multiprocessors);
+  if (error != cudaSuccess) return error;
+
+  const Line line = make_line(params);
+  const int run =
+      run_length(stage.head_count, line.chunks(), multiprocessors * kResidentBlocks, kLongestRun);
+  const BackwardArgs<Element> args{Rows(params.q, sizeof(Element)),
+                                   Rows(params.v, sizeof(Element)),
+                                   Rows(params.grad_out, sizeof(Element)),
+                                   params.order,
+                                   stage.row_stats,
+                                   static_cast<Element*>(stage.partial_q),
+                                   static_cast<Element*>(stage.partial_v),
+                                   line,
+                                   static_cast<int>(params.heads),
+                                   static_cast<int>(stage.head_begin),
+                                   run,
+                                   params.scale,
+                                   params.scale * kLog2E};
+  const auto kernel = backward_kernel<Element, kHeadDim, kCausal>;
+  constexpr int kSharedBytes = sizeof(BackwardShared);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  const dim3 grid((line.chunks() + run - 1) / run, static_cast<unsigned>(stage.head_count));
+  kernel<<<grid, kThreads, kSharedBytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace sm90
+
+cudaError_t sm90_backward(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
+                          cudaStream_t stream) {
+  return sm90::dispatch(params, [&](auto element, auto head_dim, auto causal) {
+    return sm90::launch_backward<decltype(element), head_dim(), causal()>(params, stage, stream);
+  });
+}
+
+}  // namespace reformer::kernels

@@ -1,0 +1,294 @@
+// Forward main kernel of chunked attention by wgmma: shared QK, chunks of 64, one chunk back.
+//
+// Per chunk: S = Q K^T for the previous chunk's and the chunk's own keys, both in registers;
+// O = P V with P kept in registers, normalised within the window; rows scattered to the round's
+// partial.
+#include "chunked_attention_sm90.cuh"
+
+namespace reformer::kernels {
+namespace sm90 {
+namespace {
+
+constexpr int kResidentBlocks = 4;  // per multiprocessor
+constexpr int kLongestRun = 16;
+
+template <typename Element>
+struct ForwardArgs {
+  Rows q, v;
+  const int32_t* order;
+  const bool* key_padding_mask;
+  const float* key_scale;
+  Element* partial_out;
+  float* partial_lse;
+  Line line;
+  int heads, head_begin, run_length;
+  float scale_log2;  // scale * log2(e)
+};
+
+// Shared memory: a ring of chunks, each a tile of q (queries and keys) and one of v, and their
+// constants.
+struct ForwardShared {
+  uint8_t tiles[kSlots][2][kTileBytes];
+  float key_scale[kSlots][kTileRows];
+  int key_position[kSlots][kTileRows];  // kInvalidKey: nobody may attend to it
+  int no_positions[kTileRows];          // key positions of a chunk that has no predecessor
+  int position[kPositionSlots][kTileRows];
+  uint8_t staging[kWarps][kStagingBytes];
+};
+
+// Logits in base 2 are at most |q| scale log2(e), as keys have unit length. Where that bound is no
+// larger than this, the softmax is shifted by it and no maximum is taken: the largest weight of a
+// row is at least 2^(-2 bound), where Element still has its precision.
+template <typename Element>
+__device__ constexpr float largest_bound() {
+  return std::is_same_v<Element, __half> ? 4.0F : 40.0F;
+}
+
+// Folds the logits of a key tile in base 2 into the maxima of the thread's two rows. query_bounds:
+// of those rows, for may_attend.
+template <bool kCausal>
+__device__ __forceinline__ void fold_maxima(float (&maxima)[2], const Accumulator& scores,
+                                            float scale_log2, const float* key_scale,
+                                            const int* key_position, const int (&query_bounds)[2],
+                                            uint32_t thread) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t column = 8 * j + thread % 4 * 2;
+    const float2 pair = *reinterpret_cast<const float2*>(&key_scale[column]);
+    const float scales[2] = {pair.x * scale_log2, pair.y * scale_log2};
+    const int2 keys = *reinterpret_cast<const int2*>(&key_position[column]);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const bool valid = may_attend<kCausal>(e % 2 == 0 ? keys.x : keys.y, query_bounds[e / 2]);
+      maxima[e / 2] = fmaxf(maxima[e / 2], valid ? scores[j][e] * scales[e % 2] : -INFINITY);
+    }
+  }
+}
+
+// P = exp2(logit - shift) as A operand, 0 where the query may not attend; adds the thread's weights
+// to its rows' sums.
+template <typename Element, bool kCausal>
+__device__ __forceinline__ void exponentiate(Fragments& weights, float (&sums)[2],
+                                             const Accumulator& scores, float scale_log2,
+                                             const float (&shifts)[2], const float* key_scale,
+                                             const int* key_position, const int (&query_bounds)[2],
+                                             uint32_t thread) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t column = 8 * j + thread % 4 * 2;
+    const float2 pair = *reinterpret_cast<const float2*>(&key_scale[column]);
+    const float scales[2] = {pair.x * scale_log2, pair.y * scale_log2};
+    const int2 keys = *reinterpret_cast<const int2*>(&key_position[column]);
+    float p[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const bool valid = may_attend<kCausal>(e % 2 == 0 ? keys.x : keys.y, query_bounds[e / 2]);
+      const float weight = exp2_approx(fmaf(scores[j][e], scales[e % 2], -shifts[e / 2]));
+      p[e] = valid ? weight : 0.0F;
+      sums[e / 2] += p[e];
+    }
+    pack_columns<Element>(weights, j, p[0], p[1], p[2], p[3]);
+  }
+}
+
+template <typename Element, int kHeadDim, bool kCausal>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    forward_kernel(const __grid_constant__ ForwardArgs<Element> args) {
+#ifdef REFORMER_SM90A
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  ForwardShared& shared = *reinterpret_cast<ForwardShared*>(shared_bytes);
+  const Line& line = args.line;
+
+  const int first_chunk = blockIdx.x * args.run_length;
+  const uint32_t steps = min(args.run_length, line.chunks() - first_chunk);
+  const int local_head = blockIdx.y, head = args.head_begin + local_head, batch = head / args.heads;
+  const int64_t rows_per_head = int64_t{line.rounds} * line.length;
+
+  const int32_t* order =
+      args.order == nullptr ? nullptr : args.order + int64_t{head} * rows_per_head;
+  const bool* padding = args.key_padding_mask == nullptr
+                            ? nullptr
+                            : args.key_padding_mask + int64_t{batch} * line.length;
+  const uint8_t* q = args.q.head(batch, head % args.heads);
+  const uint8_t* v = args.v.head(batch, head % args.heads);
+  const float* key_scale = args.key_scale + int64_t{local_head} * line.length;
+  Element* partial_out = args.partial_out + local_head * rows_per_head * kHeadDim;
+  float* partial_lse = args.partial_lse + local_head * rows_per_head;
+
+  // Chunks are numbered from the run's predecessor on. While chunk n attends, chunk n + 1 is
+  // copied, the positions of chunk n + 2 are in shared memory and those of chunk n + 3 on their
+  // way.
+  Chunk chunk = line.at(first_chunk), ahead = line.at(first_chunk - 1);
+  const auto load_position = [&] {
+    const int slot = ahead.index * kTileRows + threadIdx.x;
+    return threadIdx.x < kTileRows ? position_at(line, order, ahead.round, slot) : 0;
+  };
+  const auto gather = [&](uint32_t n, uint32_t rows, uint32_t thread) {
+    const uint32_t slot = n % kSlots;
+    const auto& positions = shared.position[n % kPositionSlots];
+    int copied[kCopiedRows];
+    read_copied_positions(copied, positions, thread);
+    gather_tile<kHeadDim>(shared_address(shared.tiles[slot][0]), q, args.q.row_bytes, copied,
+                          thread);
+    gather_tile<kHeadDim>(shared_address(shared.tiles[slot][1]), v, args.v.row_bytes, copied,
+                          thread);
+    const uint32_t row = thread % kTileRows;
+    const int position = positions[row];
+    if (thread < kTileRows) {
+      copy_async<4>(shared_address(&shared.key_scale[slot][row]), key_scale + position);
+    } else {
+      const bool valid = row < rows && !(padding != nullptr && padding[position]);
+      shared.key_position[slot][row] = valid ? position : kInvalidKey;
+    }
+    copy_async_commit();
+  };
+
+  const auto store_position = [&](uint32_t n, int position) {
+    if (threadIdx.x < kTileRows) shared.position[n % kPositionSlots][threadIdx.x] = position;
+  };
+  if (threadIdx.x < kTileRows) shared.no_positions[threadIdx.x] = kInvalidKey;
+#pragma unroll
+  for (int n = 0; n < 3; ++n) {
+    store_position(n, load_position());
+    ahead = line.next(ahead);
+  }
+  __syncthreads();
+  gather(0, line.rows(line.at(first_chunk - 1)), threadIdx.x);
+  gather(1, line.rows(chunk), threadIdx.x);
+  int pending_position = load_position();
+
+  for (uint32_t n = 1; n <= steps; ++n) {
+    const uint32_t thread = renewed(threadIdx.x);
+    // The first of the thread's two rows; the other is 8 below.
+    const uint32_t upper_row = thread / 32 * 16 + thread % 32 / 4;
+    const uint32_t previous = (n - 1) % kSlots, current = n % kSlots;
+
+    store_position(n + 2, pending_position);
+    copy_async_wait_and_sync();
+    if (n < steps) gather(n + 1, line.rows(line.next(chunk)), thread);
+    ahead = line.next(ahead);
+    pending_position = load_position();
+
+    // Scores of both key tiles.
+    const uint32_t previous_tiles = tile_descriptor(shared_address(shared.tiles[previous]));
+    const uint32_t current_tiles = tile_descriptor(shared_address(shared.tiles[current]));
+    constexpr uint32_t kValues = kTileBytes >> 4;  // from a slot's q tile to its v tile
+    Fragments query;
+    load_fragments(query, shared_address(shared.tiles[current][0]), thread);
+    Accumulator previous_scores, current_scores;
+    wgmma_fence();
+    multiply_abt<Element, kHeadDim / 16>(previous_scores, query, previous_tiles);
+    multiply_abt<Element, kHeadDim / 16>(current_scores, query, current_tiles);
+
+    int query_bounds[2];
+    float shifts[2], sums[2] = {0.0F, 0.0F};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t row = upper_row + 8 * half;
+      query_bounds[half] = query_bound<kCausal>(line, shared.position[n % kPositionSlots][row]);
+      shifts[half] = __fdividef(args.scale_log2, shared.key_scale[current][row]);  // scale_log2 |q|
+    }
+    const float* key_scales[2] = {shared.key_scale[previous], shared.key_scale[current]};
+    const int* key_positions[2] = {
+        line.has_previous(chunk) ? shared.key_position[previous] : shared.no_positions,
+        shared.key_position[current]};
+
+    // Softmax over both tiles, in base 2. A row without any key keeps sum 0.
+    if (!__all_sync(0xffffffff, fmaxf(shifts[0], shifts[1]) <= largest_bound<Element>())) {
+      float maxima[2] = {-INFINITY, -INFINITY};
+      wgmma_wait<0>();
+      pin(previous_scores);
+      pin(current_scores);
+      fold_maxima<kCausal>(maxima, previous_scores, args.scale_log2, key_scales[0],
+                           key_positions[0], query_bounds, thread);
+      fold_maxima<kCausal>(maxima, current_scores, args.scale_log2, key_scales[1], key_positions[1],
+                           query_bounds, thread);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float maximum = quad_max(maxima[half]);
+        shifts[half] = maximum == -INFINITY ? 0.0F : maximum;
+      }
+    }
+    Fragments previous_weights, current_weights;
+    Accumulator output;
+    wgmma_wait<1>();
+    pin(previous_scores);
+    exponentiate<Element, kCausal>(previous_weights, sums, previous_scores, args.scale_log2, shifts,
+                                   key_scales[0], key_positions[0], query_bounds, thread);
+    wgmma_fence();
+    multiply_ab<Element>(output, previous_weights, previous_tiles + kValues, false);
+    wgmma_wait<1>();
+    pin(current_scores);
+    exponentiate<Element, kCausal>(current_weights, sums, current_scores, args.scale_log2, shifts,
+                                   key_scales[1], key_positions[1], query_bounds, thread);
+    wgmma_fence();
+    multiply_ab<Element>(output, current_weights, current_tiles + kValues, true);
+
+    const int64_t round_begin = int64_t{chunk.round} * line.length;
+    const int rows = line.rows(chunk);
+    const auto& positions = shared.position[n % kPositionSlots];
+    float inverse_sums[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = upper_row + 8 * half;
+      const float sum = quad_sum(sums[half]);
+      inverse_sums[half] = sum > 0.0F ? __fdividef(1.0F, sum) : 0.0F;
+      if (thread % 4 == 0 && row < rows) {
+        __stcs(&partial_lse[round_begin + positions[row]], shifts[half] + __log2f(sum));
+      }
+    }
+    wgmma_wait<0>();
+    pin(output);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) output[i / 4][i % 4] *= inverse_sums[i % 4 / 2];
+    const uint32_t warp = thread / 32, first_row = 16 * warp;
+    store_rows<Element, kHeadDim>(output, partial_out + round_begin * kHeadDim,
+                                  &positions[first_row], rows - first_row, shared.staging[warp],
+                                  thread);
+    chunk = line.next(chunk);
+  }
+#endif
+}
+
+template <typename Element, int kHeadDim, bool kCausal>
+cudaError_t launch_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
+                           cudaStream_t stream) {
+  int multiprocessors = 0;
+  cudaError_t error = multiprocessor_count(&multiprocessors);
+  if (error != cudaSuccess) return error;
+
+  const Line line = make_line(params);
+  const int run =
+      run_length(stage.head_count, line.chunks(), multiprocessors * kResidentBlocks, kLongestRun);
+  const ForwardArgs<Element> args{Rows(params.q, sizeof(Element)),
+                                  Rows(params.v, sizeof(Element)),
+                                  params.order,
+                                  params.key_padding_mask,
+                                  stage.key_scale,
+                                  static_cast<Element*>(stage.partial_out),
+                                  stage.partial_lse,
+                                  line,
+                                  static_cast<int>(params.heads),
+                                  static_cast<int>(stage.head_begin),
+                                  run,
+                                  params.scale * kLog2E};
+  const auto kernel = forward_kernel<Element, kHeadDim, kCausal>;
+  constexpr int kSharedBytes = sizeof(ForwardShared);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  const dim3 grid((line.chunks() + run - 1) / run, static_cast<unsigned>(stage.head_count));
+  kernel<<<grid, kThreads, kSharedBytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace sm90
+
+cudaError_t sm90_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
+                         cudaStream_t stream) {
+  return sm90::dispatch(params, [&](auto element, auto head_dim, auto causal) {
+    return sm90::launch_forward<decltype(element), head_dim(), causal()>(params, stage, stream);
+  });
+}
+
+}  // namespace reformer::kernels

@@ -1,0 +1,65 @@
+// The stages chunked attention is made of, shared by its entry point (chunked_attention.cu) and by
+// the instances of the main kernels: _generic (any shape and flag, sm_80 up) and _sm90 (wgmma fast
+// path).
+//
+//   forward:   key_scale -> main (one partial per round) -> combine
+//   backward:  row_stats -> main (one partial gradient per round) -> reduce
+//
+// A stage covers head_count of the batch * heads sequences, from head_begin on: the entry point
+// runs groups of heads one after the other, so that the workspace stays bounded.
+#pragma once
+
+#include "chunked_attention.h"
+
+namespace reformer::kernels {
+
+// |q| is taken to be at least this where a key is q / |q|; 1 / eps marks keys below it.
+inline constexpr float kMinKeyNorm = 1e-12f;
+inline constexpr float kMaxKeyScale = 1 / kMinKeyNorm;
+
+struct ForwardStage {
+  int64_t head_begin, head_count;
+  const float* key_scale;  // [head_count, L]: 1 / max(|q|, eps); null for separate keys
+  void*
+      partial_out;  // [head_count, R, L, D], params.dtype: softmax-weighted values within the round
+  float* partial_lse;  // [head_count, R, L]: log2 of the round's sum of exp; -inf without valid key
+  const int32_t* chunk_numbers;  // [head_count, L, R]: a position's chunk within each round; null
+                                 // unless duplicates are corrected
+};
+
+// One row's constants in the backward pass, 16 bytes so that one load fetches them.
+struct alignas(16) RowStats {
+  float lse;    // final lse in log2 units; +inf for rows whose weights must vanish (no key, or self
+                // only)
+  float delta;  // grad_out . out - grad_lse
+  float key_scale;   // 1 / max(|q|, eps) for shared QK, else 1
+  float is_padding;  // 1 for padding, else 0
+};
+
+struct BackwardStage {
+  int64_t head_begin, head_count;
+  const RowStats* row_stats;  // [head_count, L]
+  void* partial_q;  // [head_count, R, L, D], params.dtype; shared QK without partial_k: dq plus
+                    // the projected dk
+  void* partial_k;  // [head_count, R, L, D]: gradient of the keys, normalised ones for shared QK
+                    // (reduce projects their sum); null for shared QK by sm90_backward
+  void* partial_v;  // [head_count, R, L, D]
+  const int32_t* chunk_numbers;  // as in the forward stage
+};
+
+// The main kernels never let a query attend to itself under mask_self: combine and reduce give a
+// query without any other key its own value.
+
+cudaError_t generic_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
+                            cudaStream_t stream);
+cudaError_t generic_backward(const ChunkedAttentionBackwardParams& params,
+                             const BackwardStage& stage, cudaStream_t stream);
+
+// True where the wgmma instance covers these sizes and flags on the current device.
+bool sm90_supports(const ChunkedAttentionParams& params);
+cudaError_t sm90_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
+                         cudaStream_t stream);
+cudaError_t sm90_backward(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
+                          cudaStream_t stream);
+
+}  // namespace reformer::kernels

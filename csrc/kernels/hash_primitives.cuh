@@ -1,0 +1,80 @@
+// What the launchers of the hash and of the sort ask about the current device.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <atomic>
+#include <vector>
+
+namespace reformer::kernels {
+
+struct DeviceTraits {
+  int major, minor;  // compute capability
+  int multiprocessors;
+  int shared_memory;  // bytes a block may ask for
+};
+
+// Queried once for all devices: cheap on every call, allowed during graph capture.
+inline cudaError_t current_device_traits(DeviceTraits* traits) {
+  static const std::vector<DeviceTraits> devices = [] {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
+    std::vector<DeviceTraits> queried(count);
+    for (int device = 0; device < count; ++device) {
+      DeviceTraits& t = queried[device];
+      const bool known =
+          cudaDeviceGetAttribute(&t.major, cudaDevAttrComputeCapabilityMajor, device) ==
+              cudaSuccess &&
+          cudaDeviceGetAttribute(&t.minor, cudaDevAttrComputeCapabilityMinor, device) ==
+              cudaSuccess &&
+          cudaDeviceGetAttribute(&t.multiprocessors, cudaDevAttrMultiProcessorCount, device) ==
+              cudaSuccess &&
+          cudaDeviceGetAttribute(&t.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                 device) == cudaSuccess;
+      if (!known) t = DeviceTraits{};
+    }
+    return queried;
+  }();
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  if (device >= static_cast<int>(devices.size()) || devices[device].multiprocessors == 0) {
+    return cudaErrorInvalidDevice;
+  }
+  *traits = devices[device];
+  return cudaSuccess;
+}
+
+// Whether the build holds the real body of kKernel for the current device. Kernels with a body for
+// some architectures only are compiled elsewhere with a launch bound of one warp, which their
+// attributes tell.
+template <auto kKernel>
+bool has_body() {
+  constexpr int kWarp = 32, kDevices = 64;
+  enum State : signed char { unknown, present, absent };
+  static std::array<std::atomic<State>, kDevices> states{};
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (device < kDevices && states[device] != unknown) return states[device] == present;
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kKernel) != cudaSuccess) {
+    cudaGetLastError();  // not an error of the caller's
+    return false;
+  }
+  const bool found = attributes.maxThreadsPerBlock > kWarp;
+  if (device < kDevices) states[device] = found ? present : absent;
+  return found;
+}
+
+template <typename Integer>
+__host__ __device__ constexpr Integer ceil_div(Integer a, Integer b) {
+  return (a + b - 1) / b;
+}
+
+template <typename Integer>
+__host__ __device__ constexpr Integer round_up(Integer a, Integer multiple) {
+  return ceil_div(a, multiple) * multiple;
+}
+
+}  // namespace reformer::kernels

@@ -1,0 +1,44 @@
+// The columns of the rotations as the hash kernels walk them: round after round, factor after
+// factor, each factor's columns padded to whole tiles.
+#pragma once
+
+#include "lsh_hash.h"
+
+namespace reformer::kernels {
+
+struct HashColumns {
+  int n_factors, tiles_per_round;
+  int columns;         // of one round in the rotations
+  int padding_bucket;  // the product of the factors
+  struct Factor {
+    int first_column;  // in the round
+    int columns;       // half the factor: column c stands for the digits c and columns + c
+    int tiles;
+    int place;  // what a digit counts in the bucket: the product of the factors before
+  } factors[kMaxHashFactors];
+
+  HashColumns(const LshHashParams& params, int tile_width) : n_factors(params.n_factors) {
+    tiles_per_round = columns = 0;
+    padding_bucket = 1;
+    for (int f = 0; f < n_factors; ++f) {
+      const int half = params.factors[f] / 2, tiles = (half + tile_width - 1) / tile_width;
+      factors[f] = {columns, half, tiles, padding_bucket};
+      columns += half;
+      tiles_per_round += tiles;
+      padding_bucket *= params.factors[f];
+    }
+  }
+};
+
+// Of one factor: the column with the largest absolute value so far, and its value.
+struct LargestColumn {
+  float value;
+  int column;
+};
+
+// The wgmma instance (lsh_hash_sm90.cu): x and rotations of one 16-bit type, on sm_90a.
+bool lsh_hash_sm90_supports(const LshHashParams& params);
+int64_t lsh_hash_sm90_workspace(const LshHashParams& params);
+cudaError_t lsh_hash_sm90(const LshHashParams& params, cudaStream_t stream);
+
+}  // namespace reformer::kernels

@@ -1,0 +1,75 @@
+// Reformer attention operators for libtorch: everything a C++ user includes.
+//
+// Tensors are [B, H, L, D] (batch, heads, length, head dimension) with a contiguous last dimension,
+// as in torch::scaled_dot_product_attention. All functions go through the dispatcher: CPU and CUDA,
+// autograd, autocast. float32, float16, bfloat16 on both; float64 on the CPU. R is the number of
+// hash rounds. Exact semantics: reformer_ext/reference.py and the README.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace reformer {
+
+// What a pair of positions must satisfy, and how the chunks see each other.
+struct AttentionOptions {
+  int64_t chunk_size = 64;
+  int64_t look_back = 1;                       // chunks before a query's own that it attends to
+  int64_t look_ahead = 0;                      // chunks after it
+  bool causal = false;                         // key position <= query position
+  std::optional<bool> mask_self = {};          // attend to oneself only when nothing else is valid;
+                                               // default: true for shared QK, false with keys
+  std::optional<bool> wrap = {};               // neighbours taken circularly over all rounds;
+                                               // default: true with an order, false without
+  std::optional<double> scale = {};            // of the logits; default: D ** -0.5
+  std::optional<at::Tensor> key_padding_mask;  // bool [B, L], true = padding
+  bool correct_duplicates = false;             // count a pair once however many rounds hold it
+  double dropout_p = 0.0;                      // of the attention weights
+  std::optional<at::Tensor>
+      dropout_seed;  // int64, one element, on q's device; required if dropout_p > 0
+};
+
+// Buckets of x by random rotations: per factor argmax([xR; -xR]) (Reformer, section 2).
+// x [B, H, L, D], rotations [H or 1, D, R, sum(n_buckets) / 2], n_buckets even factors -> int32 [B,
+// H, R, L]. Padding positions get the bucket prod(n_buckets). Not differentiable.
+at::Tensor lsh_hash(const at::Tensor& x, const at::Tensor& rotations, at::IntArrayRef n_buckets,
+                    const std::optional<at::Tensor>& key_padding_mask = {});
+
+// Stable sort: order[b, h, r, :] lists the positions by (bucket, position).
+// buckets int32 [B, H, R, L], all in [0, n_buckets) -> int32 [B, H, R, L].
+at::Tensor bucket_sort(const at::Tensor& buckets, int64_t n_buckets);
+
+// Attention inside the chunks of a permutation and their neighbours, one softmax over all rounds.
+// q, v (and k) [B, H, L, D]; k absent: shared QK, keys are the length-normalised queries.
+// order int32 [B, H, R, L] or absent (one round in natural order: local attention).
+// buckets int32 [B, H, R, L]: only pairs of the same bucket attend.
+// -> out [B, H, L, D] and lse [B, H, L], both differentiable.
+std::tuple<at::Tensor, at::Tensor> chunked_attention(const at::Tensor& q,
+                                                     const std::optional<at::Tensor>& k,
+                                                     const at::Tensor& v,
+                                                     const std::optional<at::Tensor>& order,
+                                                     const AttentionOptions& options = {},
+                                                     const std::optional<at::Tensor>& buckets = {});
+
+// Hash, sort, attend. k absent: shared QK; with k, queries and keys sit where the hash of qk puts
+// them. buckets: reuse these instead of hashing (rotations may then be absent). same_bucket: only
+// pairs of the same bucket attend.
+// -> out [B, H, L, D], lse [B, H, L], buckets int32 [B, H, R, L].
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lsh_attention(
+    const at::Tensor& qk, const at::Tensor& v, const std::optional<at::Tensor>& rotations,
+    at::IntArrayRef n_buckets, const AttentionOptions& options = {},
+    const std::optional<at::Tensor>& k = {}, const std::optional<at::Tensor>& buckets = {},
+    bool same_bucket = false);
+
+// Joins attentions of the same queries over disjoint key sets by their log-sum-exp. Differentiable.
+// outs: n times [B, H, L, D], lses: n times [B, H, L] -> out [B, H, L, D], lse [B, H, L].
+std::tuple<at::Tensor, at::Tensor> merge_attention(at::TensorList outs, at::TensorList lses);
+
+// About 2 * length / chunk_size buckets (half a chunk each) as a short list of even factors.
+std::vector<int64_t> default_n_buckets(int64_t length, int64_t chunk_size);
+
+}  // namespace reformer

@@ -1,0 +1,818 @@
+"""Every operator against the float64 reference: values, gradients, registration, determinism, CUDA.
+
+The error rule is flash-attention's: an operator may be at most twice as far from the float64 result
+as the readable reference is when it runs in the tested dtype, plus the dtype's own rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from cases import (
+    ATTENTION_CASES,
+    HASH_CASES,
+    MERGE_CASES,
+    SORT_CASES,
+    AttentionCase,
+    HashCase,
+    MergeCase,
+    SortCase,
+)
+from conftest import CUDA_DTYPES, device_dtypes, gpu
+from torch import Tensor
+
+import reformer_ext
+from reformer_ext import reference
+
+ops = torch.ops.reformer
+ROUNDING = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: torch.finfo(torch.float16).eps,
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps,
+}
+
+
+def attention_case(name: str) -> AttentionCase:
+    return next(case for case in ATTENTION_CASES if case.id == name)
+
+
+def skip_unless_supported(case: AttentionCase | HashCase, device: str) -> None:
+    if device == "cuda" and not case.runs_on_cuda:
+        pytest.skip("head_dim is no multiple of 8: CPU only")
+
+
+def assert_accurate(name: str, got: Tensor, twin: Tensor, oracle: Tensor, rounding: float) -> None:
+    """``got`` is as near to ``oracle`` as allowed; ``twin`` is the reference in the dtype."""
+    assert got.shape == oracle.shape, f"{name}: {tuple(got.shape)} != {tuple(oracle.shape)}"
+    got, twin, oracle = got.detach().double(), twin.detach().double(), oracle.detach()
+    exact = oracle.isinf() | (oracle == reference.SELF_ONLY_LSE)
+    assert torch.equal(got[exact], oracle[exact]), f"{name}: wrong where there is no other key"
+    got, twin, oracle = got[~exact], twin[~exact], oracle[~exact]
+    if oracle.numel() == 0:
+        return
+    error, allowed = (got - oracle).abs().max().item(), (twin - oracle).abs().max().item()
+    allowed = 2.0 * allowed + rounding * max(1.0, oracle.abs().max().item())
+    rms = ((got - oracle).square().mean() / oracle.square().mean().clamp(min=1e-30)).sqrt().item()
+    assert error <= allowed, (
+        f"{name}: max abs error {error:.3e}, allowed {allowed:.3e}; relative RMS {rms:.3e}"
+    )
+
+
+def differentiate(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: dict[str, Tensor],
+    cotangents: Sequence[Tensor],
+) -> dict[str, Tensor]:
+    """``out``, ``lse`` and the gradient of every input by name, through both outputs."""
+    outputs = function(**inputs)
+    grads = torch.autograd.grad(
+        [output for output in outputs if output.requires_grad],
+        list(inputs.values()),
+        [c.to(o.dtype) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad],
+    )
+    named = {f"grad_{name}": grad for name, grad in zip(inputs, grads, strict=True)}
+    return {"out": outputs[0], "lse": outputs[1], **named}
+
+
+def upcast(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+
+
+def attention_cotangents(
+    case: AttentionCase, device: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    shape = (case.batch, case.heads, case.length)
+    generator = torch.Generator().manual_seed(11)
+    out = torch.randn(*shape, case.head_dim, generator=generator)
+    lse = torch.randn(*shape, generator=generator)
+    return out.to(device, dtype), lse.to(device)
+
+
+def attend(
+    implementation: object, case: AttentionCase, indices: dict[str, Tensor | None]
+) -> Callable:
+    def function(q: Tensor, v: Tensor, k: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return implementation.chunked_attention(  # type: ignore[attr-defined]
+            q, k, v, **indices, **case.options
+        )
+
+    return function
+
+
+# chunked_attention: values and gradients ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_chunked_attention(case: AttentionCase, device: str, dtype: torch.dtype) -> None:
+    skip_unless_supported(case, device)
+    inputs, indices = case.vectors(device, dtype), case.indices(device)
+    cotangents = attention_cotangents(case, device, dtype)
+    got = differentiate(attend(reformer_ext, case, indices), inputs, cotangents)
+    twin = differentiate(attend(reference, case, indices), inputs, cotangents)
+    if not all(value.isnan().sum() == 0 for value in twin.values()):  # float16 overflows there
+        wider = {name: x.detach().bfloat16().requires_grad_() for name, x in inputs.items()}
+        twin = differentiate(attend(reference, case, indices), wider, cotangents)
+    oracle = differentiate(attend(reference, case, indices), upcast(inputs), cotangents)
+    assert got["out"].dtype == dtype
+    assert got["lse"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    failures = []
+    for name, expected in oracle.items():
+        try:
+            assert_accurate(name, got[name], twin[name], expected, ROUNDING[dtype])
+        except AssertionError as error:
+            failures.append(str(error).splitlines()[0])
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("name", ["default", "transposed", "transposed-separate", "fast-129x4"])
+def test_outputs_and_gradients_keep_the_layout_of_q(name: str, device: str) -> None:
+    case = attention_case(name)
+    inputs = case.vectors(device, torch.float32)
+    out, lse = attend(reformer_ext, case, case.indices(device))(**inputs)
+    assert out.stride() == inputs["q"].stride()
+    assert lse.is_contiguous()
+    for grad in torch.autograd.grad(out.sum(), list(inputs.values())):
+        assert grad.stride() == inputs["q"].stride()
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("name", ["padding-head", "padding-head-separate", "dropout", "fast-129x4"])
+@pytest.mark.parametrize("through", ["out", "lse"])
+def test_gradients_through_one_output_to_one_input(name: str, through: str, device: str) -> None:
+    case = attention_case(name)
+    inputs, indices = case.vectors(device, torch.float32), case.indices(device)
+    cotangents = dict(
+        zip(("out", "lse"), attention_cotangents(case, device, torch.float32), strict=True)
+    )
+    for other in set(cotangents) - {through}:
+        cotangents[other] = torch.zeros_like(cotangents[other])
+    expected = differentiate(
+        attend(reference, case, indices), upcast(inputs), [*cotangents.values()]
+    )
+    for name, x in inputs.items():
+        if through == "lse" and name == "v":
+            continue
+        frozen = {other: y.detach() for other, y in inputs.items() if other != name}
+        outputs = attend(reformer_ext, case, indices)(**frozen, **{name: x})
+        output = outputs[0] if through == "out" else outputs[1]
+        (grad,) = torch.autograd.grad(output, x, cotangents[through])
+        want = expected[f"grad_{name}"]
+        assert_accurate(f"grad_{name}", grad, want, want, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "local",
+        "default",
+        "padding-head-separate",
+        "alone-in-bucket",
+        "duplicates-dropout",
+        "dropout-local",
+    ],
+)
+def test_gradcheck(name: str) -> None:
+    case = attention_case(name)
+    small = AttentionCase(
+        **{**vars(case), "batch": 1, "heads": 1, "length": 13, "head_dim": 3, "chunk_size": 4}
+    )
+    inputs, indices = small.vectors("cpu", torch.float64), small.indices("cpu")
+    function = attend(reformer_ext, small, indices)
+
+    def finite(*vectors: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = function(**dict(zip(inputs, vectors, strict=True)))
+        return out, lse.masked_fill(lse.isinf(), 0.0)
+
+    assert torch.autograd.gradcheck(finite, tuple(inputs.values()))
+
+
+def test_second_derivatives_raise() -> None:
+    case = attention_case("local")
+    inputs = case.vectors("cpu", torch.float64)
+    out, _ = attend(reformer_ext, case, case.indices("cpu"))(**inputs)
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
+        torch.autograd.grad(grad.sum(), inputs["q"])
+
+
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+@pytest.mark.parametrize("name", ["default", "duplicates-dropout", "padding-local", "fast-128x8"])
+def test_same_bits_twice(name: str, device: str, dtype: torch.dtype) -> None:
+    """Also by another number of threads."""
+    case = attention_case(name)
+    inputs, indices = case.vectors(device, dtype), case.indices(device)
+    cotangents = attention_cotangents(case, device, dtype)
+    first = differentiate(attend(reformer_ext, case, indices), inputs, cotangents)
+    torch.set_num_threads(3)
+    try:
+        second = differentiate(attend(reformer_ext, case, indices), inputs, cotangents)
+    finally:
+        torch.set_num_threads(1)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    with torch.inference_mode():
+        out, lse = attend(reformer_ext, case, indices)(**{n: x.detach() for n, x in inputs.items()})
+    assert torch.equal(out, first["out"]) and torch.equal(lse, first["lse"])
+
+
+# chunked_attention: particular rules --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_alone_is_exactly_its_value(device: str, dtype: torch.dtype) -> None:
+    """Whatever the dropout and however often it meets itself, where the peers' constants round."""
+    case = attention_case("alone-dropout")
+    inputs, indices = case.vectors(device, dtype), case.indices(device)
+    buckets = torch.arange(case.length, dtype=torch.int32, device=device).expand_as(
+        indices["order"]
+    )
+    indices["buckets"], indices["order"] = buckets.contiguous(), buckets.contiguous()
+    out, lse = attend(reformer_ext, case, indices)(**inputs)
+    assert torch.equal(out, inputs["v"])
+    assert (lse == reference.SELF_ONLY_LSE).all()
+    cotangent = torch.randn_like(out)
+    grad_q, grad_v = torch.autograd.grad((out, lse), (inputs["q"], inputs["v"]), (cotangent, lse))
+    assert torch.equal(grad_v, cotangent)
+    assert not grad_q.any()
+
+
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
+def test_nothing_to_attend_to_is_zero(shared: bool, device: str, dtype: torch.dtype) -> None:
+    case = AttentionCase("nothing", length=40, shared=shared, padding="all")
+    inputs = case.vectors(device, dtype)
+    out, lse = attend(reformer_ext, case, case.indices(device))(**inputs)
+    assert not out.any()
+    assert (lse == -math.inf).all()
+    cotangents = (torch.ones_like(out), torch.ones_like(lse))
+    for grad in torch.autograd.grad((out, lse), list(inputs.values()), cotangents):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**32 - 1, 2**40 + 7, 2**63 - 1])
+def test_dropout_mask_is_the_references(seed: int, device: str) -> None:
+    """With the identity as values, the output is the weights."""
+    batch, heads, length, p = 2, 3, 64, 0.25
+    q = torch.randn(batch, heads, length, length, device=device)
+    v = torch.eye(length, device=device).expand_as(q).contiguous()
+    out, _ = reformer_ext.chunked_attention(
+        q, q, v, chunk_size=length, look_back=0, dropout_p=p, dropout_seed=seed
+    )
+    dense, _ = reformer_ext.chunked_attention(q, q, v, chunk_size=length, look_back=0)
+    keep = reference.dropout_keep(
+        seed, p, batch=batch, heads=heads, rounds=1, length=length, device=q.device
+    )[:, :, 0]
+    assert 0.7 < keep.double().mean() < 0.8
+    torch.testing.assert_close(out, dense * keep / (1.0 - p), rtol=1e-4, atol=1e-6)
+    assert torch.equal(out != 0, keep & (dense != 0))
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+def test_dropout_seed_default_follows_torch(device: str) -> None:
+    q, v = torch.randn(2, 1, 1, 64, 16, device=device)
+    outs = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        outs.append(reformer_ext.chunked_attention(q, None, v, chunk_size=16, dropout_p=0.5)[0])
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    seed_tensor = torch.tensor([9], device=device)
+    by_tensor = reformer_ext.chunked_attention(
+        q, None, v, chunk_size=16, dropout_p=0.5, dropout_seed=seed_tensor
+    )
+    by_int = reformer_ext.chunked_attention(
+        q, None, v, chunk_size=16, dropout_p=0.5, dropout_seed=9
+    )
+    assert torch.equal(by_tensor[0], by_int[0])
+
+
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+@pytest.mark.parametrize("name", ["default", "local", "fast-200x3", "duplicates-causal"])
+@pytest.mark.parametrize("where", ["q", "v"])
+def test_nan_stays_with_its_readers(name: str, where: str, device: str, dtype: torch.dtype) -> None:
+    """Queries whose windows lack the row keep their bits; those that attend to it get NaN."""
+    case = attention_case(name)
+    inputs, indices = case.vectors(device, dtype, requires_grad=False), case.indices(device)
+    row = 5
+    windows = {
+        "chunk_size": case.chunk_size,
+        "look_back": case.look_back,
+        "look_ahead": case.look_ahead,
+        "wrap": case.rounds > 0,
+        "batch": case.batch,
+        "heads": case.heads,
+        "device": torch.device(device),
+    }
+    valid = {"causal": case.causal, "mask_self": case.shared}
+    near = reference.slot_counts(
+        case.length,
+        indices["order"],
+        causal=False,
+        mask_self=False,
+        key_padding_mask=None,
+        buckets=None,
+        **windows,
+    )
+    read = reference.slot_counts(
+        case.length,
+        indices["order"],
+        key_padding_mask=indices["key_padding_mask"],
+        buckets=indices["buckets"],
+        **valid,
+        **windows,
+    )
+    clean, _ = attend(reformer_ext, case, indices)(**inputs)
+    inputs[where][:, :, row] = math.nan
+    out, _ = attend(reformer_ext, case, indices)(**inputs)
+    far = near.sum(dim=2)[..., row] == 0
+    readers = (
+        read.sum(dim=2)[..., row] > 0 if where == "v" or case.shared else torch.zeros_like(far)
+    )
+    if where == "q":
+        readers[:, :, row] = case.length > 1
+        far[:, :, row] = False
+        if not case.shared:
+            far = torch.ones_like(far)
+            far[:, :, row] = False
+    assert far.any() and readers.any()
+    assert out.isnan().any(dim=-1)[readers].all()
+    assert torch.equal(out[far], clean[far])
+
+
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_a_zero_query_keeps_gradients_finite(device: str, dtype: torch.dtype) -> None:
+    q, v = torch.randn(2, 1, 2, 40, 16, device=device, dtype=dtype)
+    q[:, :, 3] = 0.0
+    q, v = q.requires_grad_(), v.requires_grad_()
+    out, lse = reformer_ext.chunked_attention(q, None, v, chunk_size=16)
+    grads = torch.autograd.grad(out.sum() + lse.sum(), (q, v))
+    others = torch.arange(40, device=device) != 3
+    assert out.isfinite().all() and lse.isfinite().all()
+    assert grads[0][:, :, others].isfinite().all() and grads[1].isfinite().all()
+    assert not grads[0].isnan().any()
+
+
+# lsh_hash, bucket_sort, merge_attention, lsh_attention --------------------------------------------
+
+
+@pytest.mark.parametrize("case", HASH_CASES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_lsh_hash(case: HashCase, device: str, dtype: torch.dtype) -> None:
+    """The reference's buckets, but where the two best projections of a factor nearly tie."""
+    skip_unless_supported(case, device)
+    x, rotations, factors, mask = case.inputs(device, dtype)
+    got = reformer_ext.lsh_hash(x, rotations, case.n_buckets, mask)
+    assert got.dtype == torch.int32
+    assert got.shape == (case.batch, case.heads, case.rounds, case.length)
+    expected = reference.lsh_hash(x.double(), rotations.double(), factors, mask)
+    projections = torch.einsum(
+        "bhld,hdrc->bhrlc",
+        x.double(),
+        rotations.double().expand(case.heads, -1, -1, -1),
+    )
+    near_tie = torch.zeros_like(got, dtype=torch.bool)
+    for columns in projections.split([factor // 2 for factor in factors], dim=-1):
+        best = torch.cat([columns, -columns], dim=-1).topk(2, dim=-1).values
+        near_tie |= best[..., 0] - best[..., 1] <= 1e-5 * best[..., 0]
+    assert ((got >= 0) & (got <= case.total)).all()
+    if mask is not None:
+        padding = mask[:, None, None, :].expand_as(got)
+        assert torch.equal(got == case.total, padding)
+    assert torch.equal(got[~near_tie], expected[~near_tie])
+    if case.values != "zeros":
+        assert near_tie.sum() <= 0.01 * near_tie.numel() + case.length * (case.values == "equal")
+
+
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_lsh_hash_breaks_ties_to_the_lowest_bucket(device: str, dtype: torch.dtype) -> None:
+    x = torch.ones(1, 1, 70, 16, device=device, dtype=dtype)
+    rotations = torch.ones(1, 16, 2, 8, device=device, dtype=dtype)
+    assert not reformer_ext.lsh_hash(x, rotations, 16).any()
+    assert (reformer_ext.lsh_hash(-x, rotations, 16) == 8).all()
+
+
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_lsh_hash_of_nan_is_a_bucket(device: str, dtype: torch.dtype) -> None:
+    x = torch.randn(1, 1, 70, 16, device=device, dtype=dtype)
+    rotations = torch.randn(1, 16, 3, 8, device=device, dtype=dtype)
+    clean = reformer_ext.lsh_hash(x, rotations, [8, 8])
+    x[:, :, 7] = math.nan
+    x[:, :, 9] = math.inf
+    got = reformer_ext.lsh_hash(x, rotations, [8, 8])
+    assert ((got >= 0) & (got < 64)).all()
+    others = torch.ones(70, dtype=torch.bool, device=device)
+    others[[7, 9]] = False
+    assert torch.equal(got[..., others], clean[..., others])
+
+
+@pytest.mark.parametrize("case", SORT_CASES, ids=str)
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+def test_bucket_sort(case: SortCase, device: str) -> None:
+    buckets, n_buckets = case.inputs(device)
+    order = reformer_ext.bucket_sort(buckets, n_buckets)
+    assert order.dtype == torch.int32
+    assert torch.equal(order, buckets.argsort(dim=-1, stable=True).to(torch.int32))
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+def test_bucket_sort_of_a_view(device: str) -> None:
+    buckets = torch.randint(9, (2, 65, 4, 3), dtype=torch.int32, device=device).transpose(1, 3)
+    order = reformer_ext.bucket_sort(buckets, 9)
+    assert torch.equal(order, buckets.argsort(dim=-1, stable=True).to(torch.int32))
+
+
+@pytest.mark.gpu
+def test_bucket_sort_clamps_on_cuda() -> None:
+    buckets = torch.randint(-50, 50, (1, 2, 2, 3000), dtype=torch.int32, device="cuda")
+    order = reformer_ext.bucket_sort(buckets, 16)
+    expected = buckets.clamp(0, 15).argsort(dim=-1, stable=True)
+    assert torch.equal(order, expected.to(torch.int32))
+
+
+@pytest.mark.parametrize("case", MERGE_CASES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_merge_attention(case: MergeCase, device: str, dtype: torch.dtype) -> None:
+    outs, lses = case.inputs(device, dtype)
+    inputs = {f"out{i}": out for i, out in enumerate(outs)}
+    inputs |= {f"lse{i}": lse for i, lse in enumerate(lses)}
+    shape = (case.batch, case.heads, case.length)
+    cotangents = (
+        torch.randn(*shape, case.head_dim, device=device, dtype=dtype),
+        torch.randn(*shape, device=device),
+    )
+
+    def merge(implementation: object) -> Callable:
+        def function(**parts: Tensor) -> tuple[Tensor, Tensor]:
+            values = list(parts.values())
+            return implementation.merge_attention(  # type: ignore[attr-defined]
+                values[: case.parts], values[case.parts :]
+            )
+
+        return function
+
+    got = differentiate(merge(reformer_ext), inputs, cotangents)
+    twin = differentiate(merge(reference), inputs, cotangents)
+    oracle = differentiate(merge(reference), upcast(inputs), cotangents)
+    for name, expected in oracle.items():
+        assert expected.isnan().sum() == 0
+        assert_accurate(name, got[name], twin[name], expected, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_hashes": 4, "causal": True},
+        {"n_hashes": 2, "chunk_size": 16, "same_bucket": True, "correct_duplicates": True},
+        {"n_hashes": 3, "chunk_size": 32, "n_buckets": [4, 6], "padded": True, "look_ahead": 1},
+        {"n_hashes": 1, "chunk_size": 7, "separate": True, "dropout_p": 0.2, "dropout_seed": 3},
+    ],
+    ids=["causal", "same_bucket", "padded", "separate"],
+)
+def test_lsh_attention(options: dict[str, object], device: str, dtype: torch.dtype) -> None:
+    """The public call is its three steps; given back its buckets it repeats itself to the bit."""
+    options = dict(options)
+    padded, separate = options.pop("padded", False), options.pop("separate", False)
+    case = AttentionCase(
+        "lsh", length=150, head_dim=32, shared=not separate, padding=padded and "tail"
+    )
+    inputs = {("qk" if n == "q" else n): x for n, x in case.vectors(device, dtype).items()}
+    mask = case.indices(device)["key_padding_mask"] if padded else None
+    generator = torch.Generator(device).manual_seed(1)
+    out, lse, buckets = reformer_ext.lsh_attention(
+        **inputs,
+        **options,
+        generator=generator,
+        key_padding_mask=mask,
+        return_lse=True,
+        return_buckets=True,
+    )
+    chunk_size, rounds = options.pop("chunk_size", 64), options.pop("n_hashes")
+    n_buckets = options.pop("n_buckets", reformer_ext.default_n_buckets(150, chunk_size))
+    rotations = reformer_ext.sample_rotations(
+        2, 32, rounds, n_buckets, generator=generator.manual_seed(1), device=device, dtype=dtype
+    )
+    assert torch.equal(buckets, reformer_ext.lsh_hash(inputs["qk"], rotations, n_buckets, mask))
+
+    same_bucket = options.pop("same_bucket", False)
+
+    def three_steps(qk: Tensor, v: Tensor, k: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return reference.chunked_attention(
+            qk,
+            k,
+            v,
+            reference.bucket_sort(buckets, math.prod(n_buckets) + 1),
+            buckets=buckets if same_bucket else None,
+            key_padding_mask=mask,
+            chunk_size=chunk_size,
+            **options,
+        )
+
+    cotangents = (torch.randn_like(out), torch.randn_like(lse))
+    repeat = differentiate(
+        lambda **vectors: reformer_ext.lsh_attention(
+            **vectors,
+            buckets=buckets,
+            n_buckets=n_buckets,
+            chunk_size=chunk_size,
+            same_bucket=same_bucket,
+            key_padding_mask=mask,
+            return_lse=True,
+            **options,
+        ),
+        inputs,
+        cotangents,
+    )
+    assert torch.equal(repeat["out"], out) and torch.equal(repeat["lse"], lse)
+    grads = torch.autograd.grad((out, lse), list(inputs.values()), cotangents)
+    oracle = differentiate(three_steps, upcast(inputs), cotangents)
+    twin = differentiate(three_steps, inputs, cotangents)
+    for name, grad in zip(inputs, grads, strict=True):
+        assert torch.equal(grad, repeat[f"grad_{name}"])
+    for name, expected in oracle.items():
+        assert_accurate(name, repeat[name], twin[name], expected, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+def test_lsh_attention_takes_any_length(device: str) -> None:
+    for length in [1, 2, 3, 5, 63, 64, 65, 129]:
+        qk = torch.randn(1, 2, length, 16, device=device, requires_grad=True)
+        v = torch.randn(1, 2, length, 16, device=device)
+        out = reformer_ext.lsh_attention(qk, v, n_hashes=3, causal=True)
+        assert torch.equal(out[:, :, 0], v[:, :, 0])  # the first token has only itself
+        out.sum().backward()
+        assert qk.grad is not None and qk.grad.isfinite().all()
+
+
+def test_default_n_buckets() -> None:
+    sizes = {1: [2], 64: [4], 128: [4], 4096: [8, 16], 65536: [32, 64], 262144: [16, 16, 32]}
+    for length in sizes:
+        factors = reformer_ext.default_n_buckets(length)
+        buckets = math.prod(factors)
+        assert all(factor % 2 == 0 and factor <= 64 for factor in factors)
+        assert buckets == 2 or buckets <= 2 * length / 64 < 2 * buckets
+    assert reformer_ext.default_n_buckets(65536) == [32, 64]
+
+
+def test_sample_rotations() -> None:
+    def draw(**options: object) -> Tensor:
+        return reformer_ext.sample_rotations(
+            2, 16, 3, [4, 6], generator=torch.Generator().manual_seed(4), **options
+        )
+
+    rotations = draw()
+    assert rotations.shape == (2, 16, 3, 5) and rotations.dtype == torch.float32
+    assert torch.equal(rotations, draw(dtype=torch.bfloat16).float())
+    assert torch.equal(rotations, draw(dtype=torch.float64).float())
+    many = reformer_ext.sample_rotations(8, 64, 8, 64)
+    assert abs(many.mean()) < 0.01 and abs(many.std() - 1.0) < 0.01
+
+
+# Registration -------------------------------------------------------------------------------------
+
+OPCHECK_CASES = [
+    "default",
+    "local",
+    "transposed",
+    "transposed-separate",
+    "sliced",
+    "expanded",
+    "padding-row",
+    "dropout-local",
+    "alone-in-bucket",
+    "batch-0",
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", OPCHECK_CASES)
+def test_opcheck_chunked_attention(name: str, requires_grad: bool, device: str) -> None:
+    case = attention_case(name)
+    vectors = case.vectors(device, torch.float32, requires_grad=requires_grad)
+    options = {**case.options, **case.indices(device)}
+    order = options.pop("order")
+    if case.dropout_p > 0.0:
+        options["dropout_seed"] = torch.tensor([5], device=device)
+    args = (vectors["q"], vectors.get("k"), vectors["v"], order)
+    torch.library.opcheck(ops.chunked_attention.default, args, options)
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("name", OPCHECK_CASES)
+def test_opcheck_chunked_attention_backward(name: str, device: str) -> None:
+    case = attention_case(name)
+    vectors = case.vectors(device, torch.float32, requires_grad=False)
+    options = {**case.options, **case.indices(device)}
+    order = options.pop("order")
+    if case.dropout_p > 0.0:
+        options["dropout_seed"] = torch.tensor([5], device=device)
+    inputs = (vectors["q"], vectors.get("k"), vectors["v"], order)
+    out, lse = ops.chunked_attention(*inputs, **options)
+    grad_out, grad_lse = attention_cotangents(case, device, torch.float32)
+    for given in (grad_lse, None):
+        args = (grad_out, given, *inputs, out, lse)
+        torch.library.opcheck(ops.chunked_attention_backward.default, args, options)
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("given", ["rotations", "buckets"])
+def test_opcheck_lsh_attention(given: str, requires_grad: bool, device: str) -> None:
+    case = AttentionCase("lsh", length=100, padding="tail", layout="transposed", heads=3)
+    vectors = case.vectors(device, torch.float32, requires_grad=requires_grad)
+    rotations = reformer_ext.sample_rotations(3, 16, 2, [2, 4], device=device)
+    buckets = torch.randint(8, (1, 3, 2, 100), dtype=torch.int32, device=device)
+    torch.library.opcheck(
+        ops.lsh_attention.default,
+        (vectors["q"], vectors["v"], rotations if given == "rotations" else None, [2, 4]),
+        {
+            "buckets": buckets if given == "buckets" else None,
+            "causal": True,
+            "chunk_size": 32,
+            "key_padding_mask": case.indices(device)["key_padding_mask"],
+        },
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("name", ["default", "factors", "padding", "transposed", "batch-0"])
+def test_opcheck_lsh_hash(name: str, device: str) -> None:
+    case = next(case for case in HASH_CASES if case.id == name)
+    torch.library.opcheck(ops.lsh_hash.default, case.inputs(device, torch.float32))
+    x, *rest = case.inputs(device, torch.float32)
+    torch.library.opcheck(ops.lsh_hash.default, (x.requires_grad_(), *rest))
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("name", ["default", "batch-0", "many-buckets"])
+def test_opcheck_bucket_sort(name: str, device: str) -> None:
+    case = next(case for case in SORT_CASES if case.id == name)
+    torch.library.opcheck(ops.bucket_sort.default, case.inputs(device))
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", ["default", "transposed", "empty-rows", "batch-0"])
+def test_opcheck_merge_attention(name: str, requires_grad: bool, device: str) -> None:
+    case = next(case for case in MERGE_CASES if case.id == name)
+    inputs = case.inputs(device, torch.float32, requires_grad=requires_grad)
+    torch.library.opcheck(ops.merge_attention.default, inputs)
+
+
+# CUDA ---------------------------------------------------------------------------------------------
+
+
+def cuda_step(
+    qk: Tensor, v: Tensor, rotations: Tensor, cotangent: Tensor, **options: object
+) -> tuple[Tensor, ...]:
+    """One forward and backward of the public call."""
+    out, lse = reformer_ext.lsh_attention(
+        qk, v, rotations=rotations, n_buckets=[8, 8], causal=True, return_lse=True, **options
+    )
+    return (out, lse, *torch.autograd.grad(out, (qk, v), cotangent))
+
+
+def cuda_inputs(device: str, dtype: torch.dtype, length: int = 1000) -> tuple[Tensor, ...]:
+    case = AttentionCase("cuda", batch=2, heads=4, length=length, head_dim=64)
+    vectors = case.vectors(device, dtype, seed=int(torch.initial_seed()))
+    rotations = reformer_ext.sample_rotations(4, 64, 4, [8, 8], device=device, dtype=dtype)
+    return vectors["q"], vectors["v"], rotations, torch.randn_like(vectors["q"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_cuda_graph(dtype: torch.dtype, dropout_p: float) -> None:
+    """Captured once, replayed on new values (and a new dropout seed): what eager computes."""
+    static = cuda_inputs("cuda", dtype)
+    seed = torch.tensor([1], device="cuda")
+    options = {"dropout_p": dropout_p, "dropout_seed": seed}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        cuda_step(*static, **options)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cuda_step(*static, **options)
+    for number in (2, 3):
+        torch.manual_seed(number)
+        fresh = cuda_inputs("cuda", dtype)
+        with torch.no_grad():
+            for target, source in zip(
+                (*static, seed), (*fresh, torch.tensor([number])), strict=True
+            ):
+                target.copy_(source)
+        graph.replay()
+        expected = cuda_step(*fresh, dropout_p=dropout_p, dropout_seed=number)
+        for got, want in zip(captured, expected, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_cuda_runs_on_the_current_stream() -> None:
+    """A long copy before and a wipe after, on a side stream, would show work enqueued elsewhere."""
+    qk, v, rotations, cotangent = cuda_inputs("cuda", torch.bfloat16)
+    expected = cuda_step(qk, v, rotations, cotangent)
+    staged = [torch.zeros_like(x).requires_grad_(x.requires_grad) for x in (qk, v, rotations)]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream), torch.no_grad():
+        torch.cuda._sleep(20_000_000)
+        for target, source in zip(staged, (qk, v, rotations), strict=True):
+            target.copy_(source)
+    with torch.cuda.stream(stream):
+        got = cuda_step(*staged, cotangent)
+        with torch.no_grad():
+            for target in staged:
+                target.zero_()
+    torch.cuda.synchronize()
+    for value, want in zip(got, expected, strict=True):
+        assert torch.equal(value, want)
+
+
+@pytest.mark.gpu
+def test_cuda_does_not_synchronise() -> None:
+    inputs = cuda_inputs("cuda", torch.bfloat16)
+    mask = torch.zeros(2, 1000, dtype=torch.bool, device="cuda")
+    mask[:, 900:] = True
+    seed = torch.tensor([3], device="cuda")
+    options = [
+        {},
+        {"key_padding_mask": mask, "dropout_p": 0.1, "dropout_seed": seed},
+        {"correct_duplicates": True, "same_bucket": True, "look_ahead": 1, "chunk_size": 16},
+    ]
+    for option in options:
+        cuda_step(*inputs, **option)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for option in options:
+            cuda_step(*inputs, **option)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["default", "local", "look-far", "fast-320x8", "duplicates"])
+def test_cuda_survives_an_order_out_of_range(name: str) -> None:
+    case = attention_case(name)
+    inputs, indices = case.vectors("cuda", torch.bfloat16), case.indices("cuda")
+    garbage = torch.tensor([-(2**31), -1, case.length, 2**31 - 1], dtype=torch.int32, device="cuda")
+    for key in ("order", "buckets"):
+        if indices[key] is not None:
+            indices[key][..., 3:7] = garbage
+    out, lse = attend(reformer_ext, case, indices)(**inputs)
+    torch.autograd.grad((out, lse), list(inputs.values()), (out.detach(), lse.detach()))
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_cuda_memory_is_bounded() -> None:
+    """Beyond inputs, results and indices: the workspace, capped at 1.25 GiB however many heads.
+    Partial results of all rounds and heads would be 2 GiB forward and 4 GiB backward."""
+    batch, heads, length, head_dim, rounds = 8, 16, 16384, 64, 8
+    qk, v, cotangent = (
+        torch.randn(batch, heads, length, head_dim, device="cuda", dtype=torch.bfloat16)
+        for _ in range(3)
+    )
+    rotations = reformer_ext.sample_rotations(
+        heads, head_dim, rounds, [16, 32], device="cuda", dtype=torch.bfloat16
+    )
+    qk.requires_grad_()
+    v.requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = reformer_ext.lsh_attention(qk, v, rotations=rotations, n_buckets=[16, 32], causal=True)
+    forward = torch.cuda.max_memory_allocated() - before
+    torch.autograd.grad(out, (qk, v), cotangent)
+    both = torch.cuda.max_memory_allocated() - before
+    positions = batch * heads * length
+    result, indices = 2 * positions * head_dim, 2 * 4 * rounds * positions
+    cap = int(1.25 * 2**30)
+    assert 2 * rounds * positions * head_dim > cap
+    assert forward - indices - result < 1.05 * cap
+    assert both - indices - 3 * result < 1.05 * cap
+
+
+@pytest.mark.gpu
+def test_cuda_device_guard() -> None:
+    """Tensors on another device than the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    with torch.cuda.device(0):
+        there = cuda_step(*cuda_inputs("cuda:1", torch.bfloat16))
+        assert all(value.device == torch.device("cuda:1") for value in there)
+    torch.manual_seed(0)
+    here = cuda_step(*cuda_inputs("cuda:0", torch.bfloat16))
+    for value, want in zip(there[:2], here[:2], strict=True):
+        assert value.shape == want.shape and value.isfinite().all()

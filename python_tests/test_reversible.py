@@ -1,0 +1,566 @@
+"""ReversibleStack: its gradients are those of plain autograd, whatever surrounds it.
+
+The published reversible Reformers fail several of these; PEERS names them: transformers (HF) and
+reformer-pytorch (RP).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reformer_ext import ops
+from reformer_ext.nn import Reformer, ReformerConfig, ReformerLM, ReversibleStack
+
+DIM = 16
+
+
+class Mlp(nn.Module):
+    """A user's own F or G: nothing in it knows of reversibility."""
+
+    def __init__(self, dropout: float = 0.0, positionwise_chunk_size: int = 0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(DIM)
+        self.up = nn.Linear(DIM, 2 * DIM)
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.Linear(2 * DIM, DIM)
+        self.positionwise_chunk_size = positionwise_chunk_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.positionwise_chunk_size or x.shape[1]
+        return torch.cat([self.part(part) for part in x.split(size, dim=1)], dim=1)
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.down(self.dropout(torch.tanh(self.up(self.norm(x)))))
+
+
+def mlp_stacks(depth: int = 3, dropout: float = 0.0, chunk: int = 0) -> list[ReversibleStack]:
+    """The same network, reversible and plain."""
+    blocks = [(Mlp(dropout), Mlp(dropout, chunk)) for _ in range(depth)]
+    reversible = ReversibleStack(blocks)
+    plain = ReversibleStack(copy.deepcopy(blocks), reversible=False)
+    return [reversible, plain]
+
+
+def reformers(dtype: torch.dtype = torch.float64, **fields: object) -> list[Reformer]:
+    """The same Reformer, reversible and plain."""
+    defaults = {
+        "dim": DIM,
+        "heads": 2,
+        "layers": ("local", "lsh", "full", "lsh"),
+        "n_hashes": 2,
+        "chunk_size": 8,
+        "local_chunk_size": 8,
+        "ff_chunk_size": 5,
+    }
+    models = []
+    for reversible in (True, False):
+        torch.manual_seed(7)
+        config = ReformerConfig(**{**defaults, **fields, "reversible": reversible})
+        models.append(Reformer(config).to(dtype))
+    return models
+
+
+def gradients(
+    model: nn.Module, run: Callable[[nn.Module], Tensor], seed: int = 5
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    model.zero_grad()
+    torch.manual_seed(seed)
+    out = run(model)
+    out.square().sum().backward()
+    return out.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same(
+    reversible: tuple[Tensor, dict[str, Tensor | None]],
+    plain: tuple[Tensor, dict[str, Tensor | None]],
+    tolerance: float,
+) -> None:
+    assert torch.equal(reversible[0], plain[0]), "the forward passes differ"
+    assert reversible[1].keys() == plain[1].keys()
+    for name, expected in plain[1].items():
+        got = reversible[1][name]
+        assert (got is None) == (expected is None), name
+        if got is not None and expected is not None:
+            error = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+            assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def mean_stream(x: Tensor) -> Callable[[nn.Module], Tensor]:
+    def run(stack: nn.Module) -> Tensor:
+        y1, y2 = stack(x, 2 * x)
+        return y1 + y2
+
+    return run
+
+
+@contextmanager
+def saved_bytes(model: nn.Module) -> Iterator[list[int]]:
+    """Collects the sizes of what autograd saves beside the parameters."""
+    parameters = {p.data_ptr() for p in model.parameters()}
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in parameters:
+            sizes.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield sizes
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("chunk", [0, 5])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_gradients_are_those_of_plain_autograd(
+    dtype: torch.dtype, tolerance: float, chunk: int, dropout: float
+) -> None:
+    x = torch.randn(2, 13, DIM, dtype=dtype)
+    results = [
+        gradients(stack.to(dtype), mean_stream(x)) for stack in mlp_stacks(4, dropout, chunk)
+    ]
+    assert_same(*results, tolerance)
+
+
+def test_input_gradients_are_those_of_plain_autograd() -> None:
+    found = []
+    for stack in mlp_stacks(dropout=0.2):
+        x1 = torch.linspace(-1, 1, 2 * 9 * DIM, dtype=torch.float64).view(2, 9, DIM)
+        x2 = x1.cos()
+        x1.requires_grad_(), x2.requires_grad_()
+        torch.manual_seed(0)
+        y1, y2 = stack.double()(x1, x2)
+        (y1.sin().sum() + (y2**3).sum()).backward()
+        found.append((x1.grad, x2.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=1e-12)
+
+
+def test_gradcheck() -> None:
+    stack = ReversibleStack([(Mlp(), Mlp(0.0, 2))]).double()
+    x1 = torch.randn(1, 3, DIM, dtype=torch.float64, requires_grad=True)
+    x2 = torch.randn(1, 3, DIM, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(stack, (x1, x2))
+
+
+@pytest.mark.parametrize("length", [1, 2, 13, 37])
+def test_lsh_layers_with_dropout(length: int) -> None:
+    """HF draws another dropout mask in LSH layers' backward: 23 to 35% gradient error."""
+    x = torch.randn(2, length, DIM, dtype=torch.float64)
+    mask = torch.zeros(2, length, dtype=torch.bool)
+    mask[1, (length + 1) // 2 :] = True
+    results = [
+        gradients(model, lambda model: model(x, key_padding_mask=mask))
+        for model in reformers(dropout=0.1, attention_dropout=0.2)
+    ]
+    assert_same(*results, 1e-10)
+
+
+def test_lsh_layers_hash_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recomputed inputs differ by rounding; hashing them anew would now and then move a query."""
+    calls = 0
+
+    def counted(*args: object) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return lsh_hash(*args)
+
+    lsh_hash = ops.lsh_hash
+    monkeypatch.setattr(ops, "lsh_hash", counted)
+    x = torch.randn(1, 150, DIM)
+    results = [
+        gradients(model, lambda model: model(x))
+        for model in reformers(torch.float32, layers=("lsh",) * 4, n_buckets=32)
+    ]
+    assert calls == 4 + 4  # reversible and plain, forwards only
+    assert_same(*results, 1e-4)
+
+
+def test_replay_returns_what_the_forward_kept() -> None:
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(DIM))
+            self.kept: list[Tensor] = []
+            self.replayed: list[Tensor] = []
+
+        def forward(
+            self, x: Tensor, step: Tensor | None = None
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            if step is None:
+                step = torch.floor(1e6 * x.detach())
+                self.kept.append(step)
+            else:
+                self.replayed.append(step)
+            return self.scale * step * x, {"step": step}
+
+    f = Quantised()
+    stack = ReversibleStack([(f, Mlp()), (f, Mlp())])
+    y1, _ = stack(torch.randn(1, 4, DIM))
+    y1.sum().backward()
+    assert len(f.kept) == len(f.replayed) == 2
+    for kept, replayed in zip(f.kept, reversed(f.replayed), strict=True):
+        assert torch.equal(kept, replayed)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward-inside", "backward-outside"])
+def test_autocast(inside: bool) -> None:
+    """HF and RP recompute outside autocast unless backward runs inside it."""
+    x = torch.randn(2, 11, DIM)
+    found, kinds = [], set()
+    for stack in mlp_stacks(6):
+        for module in stack.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(lambda _m, _i, out: kinds.add(out.dtype))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y1, y2 = stack(x)
+            assert y1.dtype == y2.dtype == torch.float32
+            if inside:
+                (y1 * y2).sum().backward()
+        if not inside:
+            (y1 * y2).sum().backward()
+        found.append((y1.detach(), {name: p.grad for name, p in stack.named_parameters()}))
+    assert kinds == {torch.bfloat16}
+    assert_same(*found, 2e-2)
+
+
+def test_memory_does_not_grow_with_depth() -> None:
+    x = torch.randn(1, 64, DIM)
+    totals = []
+    for depth in (1, 6):
+        reversible, plain = mlp_stacks(depth)
+        for stack in (reversible, plain):
+            with saved_bytes(stack) as sizes:
+                stack(x)
+            totals.append(sum(sizes))
+    shallow, shallow_plain, deep, deep_plain = totals
+    assert shallow == deep == 2 * x.nbytes
+    assert deep_plain > 5 * shallow_plain
+
+
+def test_bytes_kept_per_token_and_lsh_layer() -> None:
+    """The buckets, int16: 2 bytes a head and round."""
+    fields = {"layers": ("lsh",) * 3, "heads": 2, "n_hashes": 4, "positions": "none"}
+    model = reformers(torch.float32, **fields)[0]
+    x = torch.randn(1, 128, DIM)
+    with saved_bytes(model.layers) as sizes:
+        model.layers(x, f_kwargs=[{"return_buckets": True}] * 3)
+    assert sum(sizes) == 2 * x.nbytes + 3 * 128 * 2 * 4 * 2
+
+
+def test_positionwise_backward_is_by_chunks() -> None:
+    """G's activations exist for one chunk at a time in the backward pass too."""
+    longest = 0
+
+    class Watch(Mlp):
+        def part(self, x: Tensor) -> Tensor:
+            nonlocal longest
+            if torch.is_grad_enabled():
+                longest = max(longest, x.shape[1])
+            return super().part(x)
+
+    stack = ReversibleStack([(Mlp(), Watch(positionwise_chunk_size=6))])
+    y1, _ = stack(torch.randn(2, 20, DIM))
+    y1.sum().backward()
+    assert longest == 6
+
+
+def test_several_forwards_before_a_backward() -> None:
+    """HF and RP keep seeds and buckets on the modules: the second forward overwrites the first."""
+    model, _ = reformers(dropout=0.3, attention_dropout=0.3)
+    inputs = [torch.randn(1, 21, DIM, dtype=torch.float64) for _ in range(2)]
+    start = model.hash_step.clone()
+
+    torch.manual_seed(11)
+    for x in inputs:
+        model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    model.zero_grad()
+    model.hash_step.copy_(start)
+    torch.manual_seed(11)
+    torch.stack([model(x).square().sum() for x in inputs]).sum().backward()
+    got = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_every_parameter_gets_a_gradient_from_a_frozen_input(
+    training: bool, dropout: float, length: int
+) -> None:
+    """HF and RP: silently none for a raw input; RP: none with layer dropout at short lengths."""
+    tokens = torch.randint(256, (2, length))
+    for model in reformers(dropout=dropout):
+        model.train(training)
+        model.embedding.weight.requires_grad_(False)
+        model(tokens).pow(3).sum().backward()
+        missing = [
+            name
+            for name, p in model.named_parameters()
+            if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+        ]
+        assert not missing
+
+
+def test_frozen_parameters_stay_without_gradient() -> None:
+    found = []
+    x = torch.randn(1, 3, DIM)
+    for stack in mlp_stacks(3):
+        stack.blocks[1].f.requires_grad_(False)
+        stack.blocks[2].g.up.requires_grad_(False)
+        found.append(gradients(stack, mean_stream(x)))
+    assert sum(grad is None for grad in found[0][1].values()) == 6 + 2
+    assert_same(*found, 1e-4)
+
+
+def test_a_wholly_frozen_stack_needs_no_graph() -> None:
+    stack = mlp_stacks(2)[0].requires_grad_(False)
+    y1, y2 = stack(torch.randn(1, 3, DIM))
+    assert not y1.requires_grad
+    assert not y2.requires_grad
+
+
+def test_backward_in_eval_mode() -> None:
+    x = torch.randn(1, 30, DIM, dtype=torch.float64)
+    found = [gradients(model.eval(), lambda model: model(x)) for model in reformers(dropout=0.5)]
+    assert_same(*found, 1e-10)
+
+
+def test_backward_in_another_mode_is_refused() -> None:
+    stack = mlp_stacks(1, dropout=0.5)[0]
+    y1, _ = stack(torch.randn(1, 3, DIM))
+    stack.eval()
+    with pytest.raises(RuntimeError, match="ReversibleStack: expected backward in the mode"):
+        y1.sum().backward()
+
+
+def test_shared_modules_accumulate() -> None:
+    """One module at several depths: RP's bucket cache, keyed by depth, would mix them up."""
+    x = torch.randn(2, 30, DIM, dtype=torch.float64)
+    kwargs = [{"hash_step": step, "return_buckets": True} for step in range(3)]
+    results = []
+    for reversible in (True, False):
+        torch.manual_seed(3)
+        model = reformers(layers=("lsh", "lsh"))[0]
+        block = model.layers.blocks[0]
+        stack = ReversibleStack([(block.f, block.g)] * 3, reversible=reversible).double()
+        results.append(gradients(stack, lambda stack: sum(stack(x, f_kwargs=kwargs))))
+    assert_same(*results, 1e-10)
+
+
+def test_global_generator_is_left_alone() -> None:
+    x = torch.randn(1, 12, DIM, dtype=torch.float64)
+    after = []
+    for model in reformers(dropout=0.4, attention_dropout=0.1):
+        torch.manual_seed(0)
+        out = model(x).sum()
+        after.append(torch.get_rng_state())
+        out.backward()
+        assert torch.equal(torch.get_rng_state(), after[-1]), "backward moved the generator"
+    assert torch.equal(*after), "reversible and plain forwards draw differently"
+
+    model = reformers()[0]
+    state = torch.get_rng_state()
+    model(x).sum().backward()
+    assert torch.equal(torch.get_rng_state(), state), "hashing drew a number"
+
+
+def test_gradients_accumulate_and_graphs_are_retained() -> None:
+    stack = mlp_stacks(2, dropout=0.2)[0].double()
+    loss = mean_stream(torch.randn(1, 5, DIM, dtype=torch.float64))(stack).square().sum()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in stack.parameters()]
+    loss.backward()
+    for first, p in zip(once, stack.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_a_parameter_changed_before_backward_is_refused() -> None:
+    stack = mlp_stacks(1)[0]
+    y1, _ = stack(torch.randn(1, 3, DIM))
+    with torch.no_grad():
+        stack.blocks[0].f.up.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y1.sum().backward()
+
+
+def test_no_grad_forward_is_the_same() -> None:
+    stack = mlp_stacks(2)[0]
+    x = torch.randn(1, 3, DIM)
+    expected = stack(x)
+    with torch.no_grad():
+        got = stack(x)
+    torch.testing.assert_close(got, tuple(y.detach() for y in expected), rtol=0, atol=0)
+    with torch.inference_mode():
+        assert torch.equal(stack(x)[0], got[0])
+
+
+def test_half_precision_streams_are_float32() -> None:
+    """200 steps of 1/512 vanish one by one beside 1 in bfloat16."""
+
+    class Step(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.dtype == torch.bfloat16
+            return torch.full_like(x, 1 / 512)
+
+    y1, _ = ReversibleStack([(Step(), Step())] * 200)(torch.ones(1, 1, 1, dtype=torch.bfloat16))
+    assert y1.dtype == torch.bfloat16
+    assert y1.item() == pytest.approx(1 + 200 / 512, rel=2**-8)
+
+
+def test_empty_stack_is_the_identity() -> None:
+    x = torch.randn(1, 2, DIM, requires_grad=True)
+    y1, y2 = ReversibleStack([])(x)
+    assert torch.equal(y1, x)
+    assert torch.equal(y2, x)
+
+
+def test_bad_arguments() -> None:
+    stack = mlp_stacks(2)[0]
+    x = torch.randn(1, 2, DIM)
+    with pytest.raises(ValueError, match="expected f_kwargs for each of 2 blocks, got 1"):
+        stack(x, f_kwargs=[{}])
+    with pytest.raises(ValueError, match="got bias that requires grad"):
+        stack(x, f_kwargs=[{}, {"bias": (torch.ones(1, requires_grad=True),)}])
+
+
+def test_double_backward_is_refused() -> None:
+    stack = mlp_stacks(1)[0]
+    x = torch.randn(1, 2, DIM, requires_grad=True)
+    (dx,) = torch.autograd.grad(stack(x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_compiled_blocks_train() -> None:
+    x = torch.randn(2, 24, DIM, dtype=torch.float64)
+    torch._dynamo.reset()
+    reversible, plain = reformers(layers=("local", "lsh"), dropout=0.0, ff_chunk_size=0)
+    for block in reversible.layers.blocks:
+        block.f.compile(backend="aot_eager", fullgraph=True)
+        block.g.compile(backend="aot_eager", fullgraph=True)
+    found = [gradients(model, lambda model: model(x)) for model in (reversible, plain)]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-9, atol=1e-11)
+
+
+def test_whole_model_compiles_around_the_stack() -> None:
+    tokens = torch.randint(256, (1, 24))
+    torch._dynamo.reset()
+    reversible, plain = reformers(layers=("local", "lsh"))
+    compiled = torch.compile(reversible, backend="aot_eager")
+    expected = gradients(plain, lambda model: model(tokens))
+    compiled(tokens).square().sum().backward()
+    got = {name: p.grad for name, p in reversible.named_parameters()}
+    torch.testing.assert_close(got, expected[1], rtol=1e-9, atol=1e-11)
+
+
+def _data_parallel_gradients(rank: int, folder: str) -> list[Tensor]:
+    """One of two processes, with one sequence of the batch."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the host name resolves to
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(minutes=2),
+    )
+    try:
+        model, tokens = _data_parallel_case()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            wrapped.zero_grad()
+            wrapped(tokens[rank : rank + 1]).square().mean().backward()
+        return [p.grad for p in model.parameters()]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _data_parallel_case() -> tuple[ReformerLM, Tensor]:
+    torch.manual_seed(0)
+    fields = {"dim": DIM, "heads": 2, "layers": ("local", "lsh"), "n_hashes": 2, "chunk_size": 8}
+    config = ReformerConfig(**fields, local_chunk_size=8, tie_embeddings=True)
+    return ReformerLM(config).double(), torch.arange(2 * 30).view(2, 30) % 256
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    """Two processes: the mean gradient of the batch, tied embeddings included."""
+    other = torch.multiprocessing.get_context("spawn").Process(
+        target=_data_parallel_gradients, args=(1, str(tmp_path))
+    )
+    other.start()
+    got = _data_parallel_gradients(0, str(tmp_path))
+    other.join()
+    assert other.exitcode == 0
+    model, tokens = _data_parallel_case()
+    for _ in range(2):
+        model.zero_grad()
+        model(tokens).square().mean().backward()
+    torch.testing.assert_close(got, [p.grad for p in model.parameters()], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_dropout_and_autocast_on_cuda() -> None:
+    fields = {
+        "layers": ("local", "lsh"),
+        "dim": 64,
+        "heads": 2,
+        "dropout": 0.2,
+        "attention_dropout": 0.2,
+    }
+    x = torch.randn(2, 300, 64, device="cuda")
+    found = []
+    for model in reformers(torch.float32, **fields):
+        model.cuda()
+        torch.manual_seed(1)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = model(x)
+        state = torch.cuda.get_rng_state()
+        out.square().sum().backward()
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+        found.append((out.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    assert_same(*found, 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_training_step_in_a_cuda_graph() -> None:
+    """Without module dropout nothing reads a generator's state, and hashing needs no host."""
+    fields = {"layers": ("local", "lsh"), "dim": 64, "heads": 2, "attention_dropout": 0.1}
+    model = reformers(torch.float32, **fields)[0].cuda()
+    x = torch.randn(1, 256, 64, device="cuda")
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+            loss = model(x).square().sum()
+        loss.backward()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    weight = model.layers.blocks[1].f.attention.in_proj.weight
+    found = []
+    for _ in range(2):
+        graph.replay()
+        found.append(weight.grad.clone())
+    torch.cuda.synchronize()
+    assert all(grad.isfinite().all() for grad in found)
+    assert not torch.equal(*found), "the hash and the dropout stood still"

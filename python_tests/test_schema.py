@@ -1,0 +1,57 @@
+"""Schemas are a contract with saved programs and C++ callers: what was valid stays valid."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import reformer_ext
+
+_OPTIONS = (
+    "int chunk_size=64, int look_back=1, int look_ahead=0, bool causal=False, "
+    "bool? mask_self=None, bool? wrap=None, float? scale=None, Tensor? key_padding_mask=None, "
+)
+_DROPOUT = "bool correct_duplicates=False, float dropout_p=0., Tensor? dropout_seed=None"
+SCHEMAS = {
+    "lsh_hash": (
+        "reformer::lsh_hash(Tensor x, Tensor rotations, int[] n_buckets, "
+        "Tensor? key_padding_mask=None) -> Tensor"
+    ),
+    "bucket_sort": "reformer::bucket_sort(Tensor buckets, int n_buckets) -> Tensor",
+    "chunked_attention": (
+        "reformer::chunked_attention(Tensor q, Tensor? k, Tensor v, Tensor? order=None, *, "
+        f"{_OPTIONS}Tensor? buckets=None, {_DROPOUT}) -> (Tensor out, Tensor lse)"
+    ),
+    "chunked_attention_backward": (
+        "reformer::chunked_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, "
+        "Tensor? k, Tensor v, Tensor? order, Tensor out, Tensor lse, *, "
+        f"{_OPTIONS}Tensor? buckets=None, {_DROPOUT}) "
+        "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)"
+    ),
+    "lsh_attention": (
+        "reformer::lsh_attention(Tensor qk, Tensor v, Tensor? rotations, int[] n_buckets, *, "
+        f"Tensor? k=None, Tensor? buckets=None, bool same_bucket=False, {_OPTIONS}{_DROPOUT}) "
+        "-> (Tensor out, Tensor lse, Tensor buckets)"
+    ),
+    "merge_attention": (
+        "reformer::merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema_accepts_what_it_did(name: str) -> None:
+    frozen = torch._C.parse_schema(SCHEMAS[name])
+    schema = getattr(torch.ops.reformer, name).default._schema
+    assert schema.is_backward_compatible_with(frozen), str(schema)
+    assert not schema.is_mutable
+    assert name.endswith("_backward") or hasattr(reformer_ext, name)
+
+
+def test_no_operator_is_missing_here() -> None:
+    registered = {
+        schema.name.removeprefix("reformer::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("reformer::")
+    }
+    assert registered == set(SCHEMAS)

@@ -1,0 +1,43 @@
+from collections.abc import Sequence
+
+from torch import Tensor
+
+class AttentionOptions:
+    chunk_size: int
+    look_back: int
+    look_ahead: int
+    causal: bool
+    mask_self: bool | None
+    wrap: bool | None
+    scale: float | None
+    key_padding_mask: Tensor | None
+    correct_duplicates: bool
+    dropout_p: float
+    dropout_seed: Tensor | None
+    def __init__(self) -> None: ...
+
+def lsh_hash(
+    x: Tensor, rotations: Tensor, n_buckets: Sequence[int], key_padding_mask: Tensor | None = None
+) -> Tensor: ...
+def bucket_sort(buckets: Tensor, n_buckets: int) -> Tensor: ...
+def chunked_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    order: Tensor | None = None,
+    options: AttentionOptions = ...,
+    buckets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def lsh_attention(
+    qk: Tensor,
+    v: Tensor,
+    rotations: Tensor | None,
+    n_buckets: Sequence[int],
+    options: AttentionOptions = ...,
+    k: Tensor | None = None,
+    buckets: Tensor | None = None,
+    same_bucket: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]: ...
+def default_n_buckets(length: int, chunk_size: int = 64) -> list[int]: ...
+def build_info() -> dict[str, str | None]: ...

@@ -1,0 +1,30 @@
+"""Reformer attention over very long sequences: LSH hashing, bucket sort and chunked attention.
+
+Operators (``reformer_ext.ops``, re-exported here) run on CPU and CUDA, forward and backward;
+``reformer_ext.nn`` has the modules and the models built from them.
+"""
+
+from __future__ import annotations
+
+from .ops import (
+    bucket_sort,
+    chunked_attention,
+    default_n_buckets,
+    lsh_attention,
+    lsh_hash,
+    merge_attention,
+    sample_rotations,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "bucket_sort",
+    "chunked_attention",
+    "default_n_buckets",
+    "lsh_attention",
+    "lsh_hash",
+    "merge_attention",
+    "sample_rotations",
+]

@@ -1,0 +1,209 @@
+"""The command line: ``reformer`` or ``python -m reformer_ext``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import info
+from .checkpoint import CheckpointError
+from .data import CorpusError
+from .generate import generate, load_model
+from .nn import ReformerConfig
+from .train import Recipe, TrainError, default_recipe, train
+
+__all__ = ["main"]
+
+
+def _layers(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+_EPILOG = """\
+train learns the Python standard library of this machine, or the files and folders named, in a few
+minutes; a killed run goes on with --resume. generate continues a prompt with a trained model.
+info says what is installed and what it can do."""
+
+# Options of train that are fields of ReformerConfig or Recipe: part of the run, so kept on resume.
+_FIELDS: tuple[tuple[str, Any, str], ...] = (
+    ("steps", int, "optimiser steps"),
+    ("batch", int, "sequences per step"),
+    ("context", int, "bytes per sequence"),
+    ("lr", float, "learning rate of the weight matrices (Muon)"),
+    ("lr-other", float, "learning rate of all other parameters (AdamW)"),
+    ("warmup", int, "steps of linear warm-up; linear decay to zero follows"),
+    ("weight-decay", float, "of the weight matrices"),
+    ("seed", int, "of initial weights, data and dropout"),
+    ("eval-every", int, "steps between evaluations on held-out bytes"),
+    ("dim", int, "width of the model"),
+    ("layers", _layers, "attention of each layer: local, lsh or full"),
+    ("heads", int, "attention heads"),
+    ("n-hashes", int, "hash rounds of LSH layers"),
+    ("chunk-size", int, "positions in a chunk of LSH layers"),
+    ("local-chunk-size", int, "positions in a chunk of local layers"),
+    ("dropout", float, "of embeddings and layer outputs"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; ``argv`` defaults to the process's arguments.
+
+    Returns:
+        The exit status: 0, 1 for an error that the message explains, 2 for wrong usage (argparse
+        exits itself), 130 if interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (CheckpointError, CorpusError, TrainError, ValueError, OSError) as error:
+        print(f"reformer: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reformer", description="Reformer: attention over very long sequences.", epilog=_EPILOG
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    learn = commands.add_parser(
+        "train",
+        help="train a byte-level language model on files",
+        description="Trains a byte-level ReformerLM and leaves checkpoint.pt, log.jsonl, loss.png "
+        "and sample.txt in the folder of the run. The defaults take a few minutes on two CPU "
+        "cores, or on a GPU.",
+    )
+    learn.add_argument(
+        "paths",
+        nargs="*",
+        type=Path,
+        help="files and folders of any kind (default: the Python standard library's sources)",
+    )
+    learn.add_argument(
+        "--out", type=Path, help="folder of the run (default: runs/ and the first path's name)"
+    )
+    existing = learn.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoint in --out; start anew if there is none",
+    )
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    learn.add_argument(
+        "--checkpoint-every", type=int, default=50, metavar="STEPS", help="(default: %(default)s)"
+    )
+    _add_device(learn)
+    recipe = learn.add_argument_group("the run (kept by --resume)")
+    for name, kind, text in _FIELDS:
+        cpu, gpu = (_default(name.replace("-", "_"), device) for device in ("cpu", "cuda"))
+        default = cpu if cpu == gpu else f"{cpu} on a CPU, {gpu} on a GPU"
+        recipe.add_argument(
+            f"--{name}", type=kind, metavar="N", help=f"{text} (default: {default})"
+        )
+    learn.set_defaults(run=_train)
+
+    write = commands.add_parser(
+        "generate",
+        help="continue a prompt with a trained model",
+        description="Writes the prompt and its continuation to the standard output, as raw bytes, "
+        "each as soon as it is there.",
+    )
+    write.add_argument("--checkpoint", type=Path, required=True, help="of reformer train")
+    prompt = write.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", help="text (default: the beginning of a file)")
+    prompt.add_argument("--prompt-file", type=Path, help="file with the prompt, any bytes")
+    write.add_argument("--length", type=int, default=500, help="bytes (default: %(default)s)")
+    write.add_argument(
+        "--temperature", type=float, default=0.8, help="0: the likeliest (default: %(default)s)"
+    )
+    write.add_argument("--top-k", type=int, default=0, help="among the k likeliest (0: all)")
+    write.add_argument(
+        "--top-p", type=float, default=1.0, help="among the likeliest that make up p (default: 1)"
+    )
+    write.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    _add_device(write)
+    write.set_defaults(run=_generate)
+
+    facts = commands.add_parser("info", help="versions, devices and operators")
+    facts.set_defaults(run=_info)
+    return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+
+
+def _default(field: str, device: str) -> str:
+    config, recipe = default_recipe(torch.device(device))
+    given = {**config, **recipe}
+    owner = Recipe if field in Recipe.__dataclass_fields__ else ReformerConfig
+    value = given.get(field, owner.__dataclass_fields__[field].default)
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _device(name: str | None) -> torch.device:
+    available = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if available else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device: expected cpu or cuda, got {name}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {name}")
+    if device.type == "cuda":
+        if not available:
+            raise ValueError(f"--device: {name} is not available: torch sees no GPU")
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
+def _train(args: argparse.Namespace) -> int:
+    names = [name.replace("-", "_") for name, _, _ in _FIELDS]
+    name = args.paths[0].resolve().stem if args.paths else "python"
+    return train(
+        args.paths,
+        args.out or Path("runs", name or "root"),
+        device=_device(args.device),
+        options={key: getattr(args, key) for key in names if getattr(args, key) is not None},
+        resume=args.resume,
+        overwrite=args.overwrite,
+        checkpoint_every=args.checkpoint_every,
+    )
+
+
+def _generate(args: argparse.Namespace) -> int:
+    prompt = args.prompt_file.read_bytes() if args.prompt_file else os.fsencode(args.prompt)
+    model = load_model(args.checkpoint, _device(args.device))
+    text = generate(
+        model,
+        prompt,
+        args.length,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    stream = sys.stdout.buffer
+    stream.write(prompt)
+    try:
+        for byte in text:
+            stream.write(byte)
+            stream.flush()
+        if sys.stdout.isatty():
+            print()
+    except BrokenPipeError:  # the reader has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    info.main()
+    return 0

@@ -1,0 +1,407 @@
+"""Self-attention layers over ``(B, L, dim)``: LSH, local and full."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .positions import apply_rotary
+
+__all__ = ["FullSelfAttention", "LSHSelfAttention", "LocalSelfAttention", "hash_rotations"]
+
+
+def hash_rotations(
+    seed: int,
+    step: int | Tensor,
+    n_heads: int,
+    head_dim: int,
+    n_hashes: int,
+    n_buckets: Sequence[int],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Random rotations as a pure function of ``(seed, step)``, for :func:`reformer_ext.lsh_hash`.
+
+    No generator is involved, so the function can be traced, exported and captured in a CUDA graph,
+    and the integer arithmetic gives the same bits on every device. An entry is a centred sum of
+    four uniform 7-bit numbers: what is compared are projections of whole vectors, sums of
+    ``head_dim`` such entries, which are as good as Gaussian, and their scale does not matter.
+
+    Args:
+        seed: tells modules apart.
+        step: tells calls apart: an int, or an int64 tensor with one element on the device.
+        n_heads, head_dim, n_hashes, n_buckets: as in :func:`reformer_ext.sample_rotations`.
+
+    Returns:
+        ``(n_heads, head_dim, n_hashes, sum(n_buckets) / 2)``, mean 0, variance 4/3, exact in
+        bfloat16.
+    """
+    shape = (n_heads, head_dim, n_hashes, sum(n_buckets) // 2)
+    counter = torch.arange(math.prod(shape), device=device)
+    key = _mix(_mix(seed & 0xFFFFFFFF) ^ 0x9E3779B9)
+    words = _mix(_mix(counter ^ key) ^ _mix(step & 0xFFFFFFFF))
+    total = (words & 127) + (words >> 8 & 127) + (words >> 16 & 127) + (words >> 24 & 127)
+    # -254 .. 254 over 64: exact in bfloat16, so no compiler can skip a rounding.
+    return ((total - 254).to(torch.float32) / 64).to(dtype).view(shape)
+
+
+@overload
+def _mix(x: int) -> int: ...
+@overload
+def _mix(x: Tensor) -> Tensor: ...
+def _mix(x: int | Tensor) -> int | Tensor:
+    """A bijection of 32-bit words. The factors are below 2**31: products fit an int64."""
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+class _SelfAttention(nn.Module):
+    """Projections into heads and back, and what all kinds have in common."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int | None,
+        n_projections: int,
+        *,
+        causal: bool,
+        scale: float | None,
+        dropout: float,
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if head_dim is None:
+            if heads < 1 or dim % heads:
+                raise ValueError(f"{name}: expected dim divisible by heads, got {dim} and {heads}")
+            head_dim = dim // heads
+        if heads < 1 or not 1 <= head_dim <= 256:
+            raise ValueError(
+                f"{name}: expected heads >= 1 and head_dim in 1 .. 256, got {heads} and {head_dim}"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"{name}: expected dropout in [0, 1), got {dropout}")
+        self.heads = heads
+        self.head_dim = head_dim
+        self.causal = causal
+        self.scale = scale
+        self.dropout = dropout
+        self.n_projections = n_projections
+        self.in_proj = nn.Linear(dim, n_projections * heads * head_dim, bias=bias)
+        self.out_proj = nn.Linear(heads * head_dim, dim, bias=bias)
+
+    def _project_in(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``(B, L, dim)`` -> n_projections times ``(B, H, L, D)``, views of one matrix product."""
+        if x.dim() != 3 or x.shape[-1] != self.in_proj.in_features:
+            raise ValueError(
+                f"{type(self).__name__}: expected x [B, L, {self.in_proj.in_features}], "
+                f"got {list(x.shape)}"
+            )
+        heads = self.in_proj(x).unflatten(-1, (self.n_projections, self.heads, self.head_dim))
+        return tuple(part.transpose(1, 2) for part in heads.unbind(2))
+
+    def _project_out(self, out: Tensor) -> Tensor:
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+
+class LSHSelfAttention(_SelfAttention):
+    """LSH self-attention with shared queries and keys (Reformer, section 2).
+
+    The hash is a pure function of ``hash_seed`` and the ``hash_step`` of the call; the layer holds
+    no state and never uses a global generator. Without a ``hash_step`` every call hashes alike, in
+    training too; :class:`Reformer` passes the number of the training step, so that its layers see
+    new rotations at each step, as the published Reformers do, and always the same in evaluation.
+
+    Args:
+        dim: width of input and output.
+        heads: H.
+        head_dim: D; default ``dim / heads``.
+        n_hashes: rounds R.
+        chunk_size: positions in a chunk.
+        n_buckets: an even number or a list of even factors; default
+            :func:`reformer_ext.default_n_buckets` of each call's length.
+        causal: positions attend to themselves and earlier ones only.
+        look_back, look_ahead: chunks before and after its own that a query attends to. look_ahead
+            defaults to 0 if causal, else 1: without causality both sides of the sorted list count.
+        same_bucket: only pairs in the same bucket attend (as in the paper; not so in its code).
+        correct_duplicates: a pair that meets in several rounds counts once (paper, appendix A; not
+            so in its code).
+        scale: of the logits, query times unit-length key; default ``D ** -0.5``.
+        dropout: of the attention weights, in training.
+        bias: of the projections.
+        hash_seed: of the rotations; layers of one model should differ in it.
+        rotary_before_hash: hash what rotary positions have turned; default: hash the content alone.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_dim: int | None = None,
+        n_hashes: int = 8,
+        chunk_size: int = 64,
+        n_buckets: int | Sequence[int] | None = None,
+        causal: bool = False,
+        look_back: int = 1,
+        look_ahead: int | None = None,
+        same_bucket: bool = False,
+        correct_duplicates: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+        hash_seed: int = 0,
+        rotary_before_hash: bool = False,
+    ) -> None:
+        super().__init__(
+            dim, heads, head_dim, 2, causal=causal, scale=scale, dropout=dropout, bias=bias
+        )
+        if n_hashes < 1 or chunk_size < 1:
+            raise ValueError(
+                f"LSHSelfAttention: expected n_hashes and chunk_size >= 1, "
+                f"got {n_hashes} and {chunk_size}"
+            )
+        self.n_hashes = n_hashes
+        self.chunk_size = chunk_size
+        self.n_buckets = [n_buckets] if isinstance(n_buckets, int) else n_buckets
+        self.look_back = look_back
+        self.look_ahead = look_ahead if look_ahead is not None else 0 if causal else 1
+        self.same_bucket = same_bucket
+        self.correct_duplicates = correct_duplicates
+        self.hash_seed = hash_seed
+        self.rotary_before_hash = rotary_before_hash
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        n_hashes: int | None = None,
+        hash_step: int | Tensor = 0,
+        dropout_seed: int | Tensor | None = None,
+        buckets: Tensor | None = None,
+        return_buckets: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attends within x.
+
+        Args:
+            x: ``(B, L, dim)``.
+            key_padding_mask: bool ``(B, L)``, True = padding.
+            rotary: from :class:`RotaryPositions`.
+            n_hashes: rounds of this call.
+            hash_step: changes the hash; an int, or an int64 tensor with one element.
+            dropout_seed: as in :func:`reformer_ext.lsh_attention`; default: drawn from the global
+                generator if there is dropout.
+            buckets: of an earlier call on x, to attend alike: nothing is hashed.
+            return_buckets: return the buckets too.
+
+        Returns:
+            ``(B, L, dim)``, and with return_buckets ``(B, H, R, L)`` of int16 where they fit, else
+            int32.
+        """
+        qk, v = self._project_in(x)
+        n_buckets = self.n_buckets or ops.default_n_buckets(x.shape[1], self.chunk_size)
+        hashed = qk
+        if rotary is not None:
+            qk = apply_rotary(qk, rotary)
+            hashed = qk if self.rotary_before_hash else hashed
+        if buckets is None:
+            rotations = hash_rotations(
+                self.hash_seed,
+                hash_step,
+                self.heads,
+                self.head_dim,
+                self.n_hashes if n_hashes is None else n_hashes,
+                n_buckets,
+                device=qk.device,
+                dtype=qk.dtype,
+            )
+            buckets = ops.lsh_hash(hashed.detach(), rotations, n_buckets, key_padding_mask)
+        out = ops.lsh_attention(
+            qk,
+            v,
+            n_buckets=n_buckets,
+            buckets=buckets.to(torch.int32),
+            chunk_size=self.chunk_size,
+            look_back=self.look_back,
+            look_ahead=self.look_ahead,
+            causal=self.causal,
+            scale=self.scale,
+            key_padding_mask=key_padding_mask,
+            same_bucket=self.same_bucket,
+            correct_duplicates=self.correct_duplicates,
+            dropout_p=self._dropout_p(),
+            dropout_seed=dropout_seed,
+        )
+        assert isinstance(out, Tensor)
+        y = self._project_out(out)
+        if not return_buckets:
+            return y
+        # The padding bucket is prod(n_buckets).
+        small = math.prod(n_buckets) <= torch.iinfo(torch.int16).max
+        return y, buckets.to(torch.int16 if small else torch.int32)
+
+
+class LocalSelfAttention(_SelfAttention):
+    """Self-attention within chunks of neighbouring positions and the chunks beside them.
+
+    Args:
+        dim, heads, head_dim, causal, scale, dropout, bias: as in :class:`LSHSelfAttention`, with
+            separate queries and keys.
+        chunk_size: positions in a chunk.
+        look_back, look_ahead: chunks before and after its own that a query attends to; look_ahead
+            defaults to 0 if causal, else 1.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_dim: int | None = None,
+        chunk_size: int = 64,
+        causal: bool = False,
+        look_back: int = 1,
+        look_ahead: int | None = None,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(
+            dim, heads, head_dim, 3, causal=causal, scale=scale, dropout=dropout, bias=bias
+        )
+        if chunk_size < 1:
+            raise ValueError(f"LocalSelfAttention: expected chunk_size >= 1, got {chunk_size}")
+        self.chunk_size = chunk_size
+        self.look_back = look_back
+        self.look_ahead = look_ahead if look_ahead is not None else 0 if causal else 1
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        dropout_seed: int | Tensor | None = None,
+    ) -> Tensor:
+        """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`."""
+        q, k, v = self._project_in(x)
+        if rotary is not None:
+            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        out, _ = ops.chunked_attention(
+            q,
+            k,
+            v,
+            chunk_size=self.chunk_size,
+            look_back=self.look_back,
+            look_ahead=self.look_ahead,
+            causal=self.causal,
+            scale=self.scale,
+            key_padding_mask=key_padding_mask,
+            dropout_p=self._dropout_p(),
+            dropout_seed=dropout_seed,
+        )
+        return self._project_out(out)
+
+
+class FullSelfAttention(_SelfAttention):
+    """Exact self-attention (:func:`torch.nn.functional.scaled_dot_product_attention`).
+
+    Args:
+        dim, heads, head_dim, causal, scale, dropout, bias: as in :class:`LSHSelfAttention`.
+        shared_qk: keys are the length-normalised queries, and a position attends to itself only if
+            nothing else is allowed, as the first one of a causal sequence: what LSH attention
+            approximates, and its exact limit. Takes an ``L x L`` mask.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_dim: int | None = None,
+        causal: bool = False,
+        shared_qk: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(
+            dim,
+            heads,
+            head_dim,
+            2 if shared_qk else 3,
+            causal=causal,
+            scale=scale,
+            dropout=dropout,
+            bias=bias,
+        )
+        self.shared_qk = shared_qk
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`.
+        Dropout draws from the global generator."""
+        q, *ks, v = self._project_in(x)
+        if rotary is not None:
+            q, ks = apply_rotary(q, rotary), [apply_rotary(k, rotary) for k in ks]
+        k = F.normalize(q, dim=-1) if self.shared_qk else ks[0]
+        mask, self_only = self._mask(x.shape[1], key_padding_mask, x.device)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self._dropout_p(),
+            is_causal=self.causal and mask is None,
+            scale=self.scale,
+        )
+        if self_only is not None:  # exactly its value, whatever dropout did
+            out = torch.where(self_only, v, out)
+        return self._project_out(out)
+
+    def _mask(
+        self, length: int, key_padding_mask: Tensor | None, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What may attend to what ``(B or 1, 1, L, L)``, and who sees itself alone ``(B or 1, 1,
+        L, 1)``."""
+        if not self.shared_qk and key_padding_mask is None:
+            return None, None
+        allowed = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
+        if self.causal:
+            allowed = allowed.tril()
+        if key_padding_mask is not None:
+            allowed = allowed & ~key_padding_mask[:, None, None, :]
+        itself = torch.eye(length, dtype=torch.bool, device=device)
+        if self.shared_qk:
+            allowed = allowed & ~itself
+        nothing = ~allowed.any(dim=-1, keepdim=True)
+        # Padding without a key sees itself too: finite, and nobody reads it.
+        return allowed | (nothing & itself), nothing if self.shared_qk else None

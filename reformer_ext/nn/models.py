@@ -1,0 +1,523 @@
+"""The Reformer: configuration, model and language model (Reformer, arXiv 2001.04451)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
+from .feed_forward import ACTIVATIONS, ChunkedFeedForward, chunked_lm_loss, map_positions
+from .positions import AbsolutePositions, AxialPositions, RotaryPositions
+from .reversible import ReversibleStack
+
+__all__ = ["Reformer", "ReformerConfig", "ReformerLM"]
+
+LAYER_KINDS = ("local", "lsh", "full")
+POSITION_KINDS = ("rotary", "axial", "absolute", "none")
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ReformerConfig:
+    """Everything that defines a :class:`Reformer`.
+
+    Attributes:
+        vocab_size: number of different tokens.
+        dim: width of the model.
+        layers: the attention of each layer, "local", "lsh" or "full".
+        heads: attention heads H.
+        head_dim: width D of a head, at most 256, on CUDA a multiple of 8; None: ``dim / heads``.
+        ff_hidden: width of the feed-forward layers; None: ``4 * dim``.
+        ff_chunk_size: positions at a time in a feed-forward layer; 0: all.
+        ff_activation: "gelu", "relu" or "silu".
+        ff_glu: gated feed-forward layers.
+        n_hashes: hash rounds R of LSH layers.
+        chunk_size: positions in a chunk of LSH layers.
+        n_buckets: of LSH layers, an even number or even factors of it; None: about
+            ``2 * length / chunk_size``.
+        local_chunk_size: positions in a chunk of local layers.
+        causal: positions see themselves and earlier ones only.
+        same_bucket: LSH attention only within the same bucket (the paper; its code: no).
+        correct_duplicates: a pair in several rounds counts once (the paper; its code: no).
+        shared_qk_scale: of the logits of LSH layers and shared-QK full layers, query times
+            unit-length key. 1.0 as in trax and transformers, since unit-length keys already lack
+            the factor sqrt(D) that ``D ** -0.5`` makes up for; None: ``D ** -0.5``, the paper's
+            formula.
+        full_shared_qk: full layers share queries and keys, so that they are the exact limit of LSH
+            layers.
+        attention_dropout: of attention weights.
+        dropout: of the embeddings and of what attention and feed-forward layers add.
+        positions: "rotary", "axial", "absolute" or "none".
+        rotary_base: longest wavelength of rotary positions over 2 pi.
+        rotary_before_hash: LSH layers hash with the rotary positions; else content alone.
+        axial_shape: grid of axial positions; None: the smallest square that holds max_length.
+        max_length: most positions, with axial or absolute positions.
+        reversible: recompute activations in the backward pass instead of storing them.
+        tie_embeddings: the language model's output matrix is its token embedding; for large
+            vocabularies (with a small one and a wide model it starts out repeating its input).
+        loss_chunk_size: positions at a time in the loss; 0: all.
+        hash_seed: of the hashes, in evaluation and with the step number in training.
+        norm_eps: of layer normalisation.
+        initializer_range: standard deviation of initial weights; what feeds the residual streams is
+            scaled down by ``sqrt(2 * number of layers)``.
+
+    Raises:
+        ValueError: naming the field, what was expected and what came.
+    """
+
+    vocab_size: int = 256
+    dim: int = 512
+    layers: tuple[str, ...] = ("local", "lsh", "local", "lsh", "local", "lsh")
+    heads: int = 8
+    head_dim: int | None = None
+    ff_hidden: int | None = None
+    ff_chunk_size: int = 0
+    ff_activation: str = "gelu"
+    ff_glu: bool = False
+    n_hashes: int = 8
+    chunk_size: int = 64
+    n_buckets: int | tuple[int, ...] | None = None
+    local_chunk_size: int = 64
+    causal: bool = True
+    same_bucket: bool = False
+    correct_duplicates: bool = False
+    shared_qk_scale: float | None = 1.0
+    full_shared_qk: bool = False
+    attention_dropout: float = 0.0
+    dropout: float = 0.0
+    positions: str = "rotary"
+    rotary_base: float = 10000.0
+    rotary_before_hash: bool = False
+    axial_shape: tuple[int, ...] | None = None
+    max_length: int = 65536
+    reversible: bool = True
+    tie_embeddings: bool = False
+    loss_chunk_size: int = 4096
+    hash_seed: int = 0
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "n_buckets", "axial_shape"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+
+        def check(name: str, condition: bool, expected: str) -> None:
+            if not condition:
+                raise ValueError(
+                    f"ReformerConfig.{name}: expected {expected}, got {getattr(self, name)!r}"
+                )
+
+        for name in (
+            "vocab_size",
+            "dim",
+            "heads",
+            "n_hashes",
+            "chunk_size",
+            "local_chunk_size",
+            "max_length",
+        ):
+            check(name, _is_int(getattr(self, name), 1), "an integer >= 1")
+        for name in ("ff_chunk_size", "loss_chunk_size", "hash_seed"):
+            check(name, _is_int(getattr(self, name), 0), "an integer >= 0")
+        for name in ("head_dim", "ff_hidden"):
+            value = getattr(self, name)
+            check(name, value is None or _is_int(value, 1), "None or an integer >= 1")
+        for name in ("attention_dropout", "dropout"):
+            value = getattr(self, name)
+            check(name, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
+        for name in ("rotary_base", "norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            check(name, _is_number(value) and value > 0, "a number > 0")
+        for name in (
+            "ff_glu",
+            "causal",
+            "same_bucket",
+            "correct_duplicates",
+            "full_shared_qk",
+            "rotary_before_hash",
+            "reversible",
+            "tie_embeddings",
+        ):
+            check(name, isinstance(getattr(self, name), bool), "True or False")
+        scale = self.shared_qk_scale
+        check("shared_qk_scale", scale is None or _is_number(scale), "None or a number")
+        check(
+            "layers",
+            isinstance(self.layers, tuple)
+            and len(self.layers) > 0
+            and all(kind in LAYER_KINDS for kind in self.layers),
+            f"one or more of {LAYER_KINDS}",
+        )
+        check("ff_activation", self.ff_activation in ACTIVATIONS, f"one of {sorted(ACTIVATIONS)}")
+        check("positions", self.positions in POSITION_KINDS, f"one of {POSITION_KINDS}")
+        if self.head_dim is None:
+            check("heads", self.dim % self.heads == 0, f"a divisor of dim = {self.dim}")
+        width = self.head_width
+        check("head_dim", width <= 256, f"at most 256 (it is {width})")
+        if self.positions == "rotary":
+            check(
+                "head_dim", width % 2 == 0, f"an even number with rotary positions (it is {width})"
+            )
+        factors = (self.n_buckets,) if isinstance(self.n_buckets, int) else self.n_buckets
+        if factors is not None:
+            check(
+                "n_buckets",
+                isinstance(factors, tuple)
+                and len(factors) > 0
+                and all(_is_int(n, 2) and n % 2 == 0 for n in factors),
+                "None, an even number >= 2 or a tuple of such",
+            )
+        if self.axial_shape is not None:
+            check(
+                "axial_shape",
+                isinstance(self.axial_shape, tuple)
+                and all(_is_int(n, 1) for n in self.axial_shape)
+                and math.prod(self.axial_shape) >= self.max_length,
+                f"sizes whose product is at least max_length = {self.max_length}",
+            )
+
+    @property
+    def head_width(self) -> int:
+        """The width D of a head."""
+        return self.dim // self.heads if self.head_dim is None else self.head_dim
+
+
+class _AttentionBlock(nn.Module):
+    """F of a reversible layer: ``dropout(attention(norm(x)))``."""
+
+    def __init__(self, config: ReformerConfig, index: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.attention = _attention(config, index)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        result = self.attention(self.norm(x), **kwargs)
+        if isinstance(result, Tensor):
+            return self.dropout(result)
+        # The recomputed input differs by rounding: without the buckets it could hash differently.
+        y, buckets = result
+        return self.dropout(y), {"buckets": buckets}
+
+
+class _FeedForwardBlock(nn.Module):
+    """G of a reversible layer: ``dropout(feed_forward(norm(x)))``, by chunks of positions."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        self.positionwise_chunk_size = config.ff_chunk_size
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.feed_forward = ChunkedFeedForward(
+            config.dim, config.ff_hidden, activation=config.ff_activation, glu=config.ff_glu
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        drops = self.training and self.dropout.p > 0.0
+        return map_positions(self._chunk, x, self.positionwise_chunk_size, preserve_rng_state=drops)
+
+    def _chunk(self, x: Tensor) -> Tensor:
+        return self.dropout(self.feed_forward(self.norm(x)))
+
+
+class Reformer(nn.Module):
+    """Tokens or embeddings to hidden states.
+
+    Every layer is ``y1 = x1 + attention(norm(x2))``, ``y2 = x2 + feed_forward(norm(y1))``
+    (Reformer, section 3). Both streams start as the embedding; the result is the normalised mean of
+    the two. Any length; with axial or absolute positions, up to ``max_length``.
+
+    In training the hash of each forward pass follows from ``hash_seed`` and the buffer
+    ``hash_step``, which counts them and is saved with the weights; in evaluation it is always the
+    same. Dropout takes its seeds from torch's global generator, so ``torch.manual_seed`` makes
+    training reproducible.
+    """
+
+    hash_step: Tensor
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.positions: AxialPositions | AbsolutePositions | None = None
+        self.rotary: RotaryPositions | None = None
+        if config.positions == "axial":
+            side = math.isqrt(config.max_length - 1) + 1
+            self.positions = AxialPositions(config.axial_shape or (side, side), config.dim)
+        elif config.positions == "absolute":
+            self.positions = AbsolutePositions(config.max_length, config.dim)
+        elif config.positions == "rotary":
+            self.rotary = RotaryPositions(config.head_width, config.rotary_base)
+        self.dropout = nn.Dropout(config.dropout)
+        draws = config.dropout > 0.0 or (config.attention_dropout > 0.0 and "full" in config.layers)
+        self.layers = ReversibleStack(
+            (
+                (_AttentionBlock(config, index), _FeedForwardBlock(config))
+                for index in range(len(config.layers))
+            ),
+            reversible=config.reversible,
+            preserve_rng_state=draws,
+        )
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.register_buffer("hash_step", torch.zeros(1, dtype=torch.int64))
+        self._initialize()
+
+    def _initialize(self) -> None:
+        std = self.config.initializer_range
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, nn.Linear):
+                residual = name.endswith("out_proj")
+                depth_scale = (2 * len(self.config.layers)) ** -0.5 if residual else 1.0
+                nn.init.normal_(module.weight, std=std * depth_scale)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (AxialPositions, AbsolutePositions)):
+                for parameter in module.parameters():
+                    nn.init.normal_(parameter, std=std)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        n_hashes: int | None = None,
+    ) -> Tensor:
+        """Hidden states.
+
+        Args:
+            tokens: int64 ``(B, L)``, or embeddings, floating ``(B, L, dim)``.
+            key_padding_mask: bool ``(B, L)``, True = padding.
+            n_hashes: hash rounds of this call; default ``config.n_hashes``.
+
+        Returns:
+            ``(B, L, dim)``.
+
+        Raises:
+            ValueError: wrong shape, or more positions than there are.
+        """
+        x = self._embed(tokens)
+        f_kwargs = self._layer_kwargs(x, key_padding_mask, n_hashes)
+        y1, y2 = self.layers(x, f_kwargs=f_kwargs)
+        return self.norm((y1 + y2) / 2)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if tokens.is_floating_point():
+            if tokens.dim() != 3 or tokens.shape[-1] != self.config.dim:
+                raise ValueError(
+                    f"Reformer: expected embeddings [B, L, {self.config.dim}], "
+                    f"got {list(tokens.shape)}"
+                )
+            x = tokens
+        else:
+            if tokens.dim() != 2:
+                raise ValueError(f"Reformer: expected tokens [B, L], got {list(tokens.shape)}")
+            x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions(x.shape[1])
+        return self.dropout(x)
+
+    def _layer_kwargs(
+        self, x: Tensor, key_padding_mask: Tensor | None, n_hashes: int | None
+    ) -> list[dict[str, Any]]:
+        """What each attention layer gets beside x: one draw of a seed for all of them."""
+        common: dict[str, Any] = {"key_padding_mask": key_padding_mask}
+        if self.rotary is not None:
+            common["rotary"] = self.rotary(x.shape[1], x.device)
+        step: int | Tensor = 0
+        seed: Tensor | None = None
+        if self.training:
+            self.hash_step.add_(1)
+            step = self.hash_step.clone()  # the buffer moves on before this pass's backward
+            if self.config.attention_dropout > 0.0:
+                seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
+        result = []
+        for index, kind in enumerate(self.config.layers):
+            kwargs = dict(common)
+            if kind != "full" and seed is not None:
+                kwargs["dropout_seed"] = seed + index
+            if kind == "lsh":
+                kwargs.update(n_hashes=n_hashes, hash_step=step, return_buckets=True)
+            result.append(kwargs)
+        return result
+
+
+class ReformerLM(nn.Module):
+    """Language model: :class:`Reformer` and a projection onto the vocabulary.
+
+    >>> model = ReformerLM(ReformerConfig(dim=64, heads=2, layers=("local", "lsh")))
+    >>> tokens = torch.randint(256, (1, 1000))
+    >>> loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    >>> loss.backward()
+    """
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.reformer = Reformer(config)
+        self.head: nn.Linear | None = None
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+            nn.init.normal_(self.head.weight, std=config.initializer_range)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """``(vocab_size, dim)``: the head's, or the token embedding's if tied."""
+        return self.reformer.embedding.weight if self.head is None else self.head.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        n_hashes: int | None = None,
+    ) -> Tensor:
+        """Logits ``(B, L, vocab_size)`` of the next token; arguments as in
+        :meth:`Reformer.forward`."""
+        hidden = self.reformer(tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes)
+        return F.linear(hidden, self.output_weight)
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        reduction: str = "mean",
+        *,
+        key_padding_mask: Tensor | None = None,
+        n_hashes: int | None = None,
+    ) -> Tensor:
+        """Cross-entropy in nats, without ever holding the logits of all positions.
+
+        Args:
+            tokens: int64 ``(B, L)``.
+            targets: int64 ``(B, L)``, the tokens to predict; -100 does not count.
+            reduction: "mean", "sum" or "none", as in :func:`chunked_lm_loss`.
+            key_padding_mask, n_hashes: as in :meth:`Reformer.forward`.
+        """
+        hidden = self.reformer(tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes)
+        return chunked_lm_loss(
+            hidden,
+            self.output_weight,
+            None,
+            targets,
+            chunk_size=self.config.loss_chunk_size,
+            reduction=reduction,
+        )
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes ``config.json`` and ``model.safetensors``; each replaces its old version at
+        once."""
+        from safetensors.torch import save_file
+
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"architecture": type(self).__name__, **dataclasses.asdict(self.config)}
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        partial = folder / f"{CONFIG_FILE}.{os.getpid()}.partial"
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+        partial_weights = folder / f"{WEIGHTS_FILE}.{os.getpid()}.partial"
+        save_file(weights, partial_weights, metadata={"format": "pt"})
+        os.replace(partial_weights, folder / WEIGHTS_FILE)
+        os.replace(partial, folder / CONFIG_FILE)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+    ) -> Self:
+        """The model that :meth:`save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: one of the two files is missing.
+            ValueError: a file is truncated or of something else; says which and why.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        config_path, weights_path = Path(directory) / CONFIG_FILE, Path(directory) / WEIGHTS_FILE
+        for path in (config_path, weights_path):
+            if not path.is_file():
+                raise FileNotFoundError(f"{cls.__name__}.from_pretrained: no such file: {path}")
+        try:
+            fields = json.loads(config_path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{config_path}: expected JSON, got {error}") from error
+        architecture = fields.pop("architecture", None) if isinstance(fields, dict) else None
+        if architecture != cls.__name__:
+            raise ValueError(
+                f"{config_path}: expected architecture {cls.__name__}, got {architecture}"
+            )
+        known = {field.name for field in dataclasses.fields(ReformerConfig)}
+        if not set(fields) <= known:
+            raise ValueError(f"{config_path}: unknown fields {sorted(set(fields) - known)}")
+        model = cls(ReformerConfig(**fields))
+        try:
+            weights = load_file(weights_path)
+        except SafetensorError as error:
+            raise ValueError(f"{weights_path}: expected safetensors, got {error}") from error
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{weights_path}: not the weights of {config_path}: {error}"
+            ) from error
+        return model.to(device).eval()
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _attention(config: ReformerConfig, index: int) -> nn.Module:
+    kind = config.layers[index]
+    if kind == "lsh":
+        return LSHSelfAttention(
+            config.dim,
+            config.heads,
+            head_dim=config.head_dim,
+            n_hashes=config.n_hashes,
+            chunk_size=config.chunk_size,
+            n_buckets=config.n_buckets,
+            causal=config.causal,
+            same_bucket=config.same_bucket,
+            correct_duplicates=config.correct_duplicates,
+            scale=config.shared_qk_scale,
+            dropout=config.attention_dropout,
+            hash_seed=config.hash_seed + index,
+            rotary_before_hash=config.rotary_before_hash,
+        )
+    if kind == "local":
+        return LocalSelfAttention(
+            config.dim,
+            config.heads,
+            head_dim=config.head_dim,
+            chunk_size=config.local_chunk_size,
+            causal=config.causal,
+            dropout=config.attention_dropout,
+        )
+    return FullSelfAttention(
+        config.dim,
+        config.heads,
+        head_dim=config.head_dim,
+        causal=config.causal,
+        shared_qk=config.full_shared_qk,
+        scale=config.shared_qk_scale if config.full_shared_qk else None,
+        dropout=config.attention_dropout,
+    )

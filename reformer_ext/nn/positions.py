@@ -1,0 +1,123 @@
+"""Where a token is: axial, absolute and rotary positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["AbsolutePositions", "AxialPositions", "RotaryPositions", "apply_rotary"]
+
+
+class AbsolutePositions(nn.Module):
+    """A learned vector per position: ``max_length * dim`` parameters."""
+
+    def __init__(self, max_length: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_length, dim))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, length: int) -> Tensor:
+        """The first ``length`` vectors, ``(length, dim)``. Raises ValueError above max_length."""
+        _check_length("AbsolutePositions", length, self.weight.shape[0])
+        return self.weight[:length]
+
+
+class AxialPositions(nn.Module):
+    """Learned positions on a grid: long sequences from few parameters (Reformer's code; axial
+    positional embeddings).
+
+    Position p sits at the coordinates of p in a row-major grid of the given shape; its vector
+    joins one learned vector per axis. ``sum(shape[a] * dims[a])`` parameters for ``prod(shape)``
+    positions, and any length up to that.
+
+    Args:
+        shape: of the grid, e.g. ``(256, 256)`` for 65,536 positions.
+        dim: width of a position's vector.
+        dims: width per axis, summing to dim; default: as even as possible.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    def __init__(self, shape: Sequence[int], dim: int, dims: Sequence[int] | None = None) -> None:
+        super().__init__()
+        if not shape or any(size < 1 for size in shape):
+            raise ValueError(
+                f"AxialPositions: expected shape of positive sizes, got {tuple(shape)}"
+            )
+        if dims is None:
+            small, larger = divmod(dim, len(shape))
+            dims = [small + (axis < larger) for axis in range(len(shape))]
+        if len(dims) != len(shape) or sum(dims) != dim or any(width < 1 for width in dims):
+            raise ValueError(
+                f"AxialPositions: expected {len(shape)} positive dims that sum to {dim}, "
+                f"got {tuple(dims)}"
+            )
+        self.shape = tuple(shape)
+        self.weights = nn.ParameterList(
+            torch.empty(size, width) for size, width in zip(shape, dims, strict=True)
+        )
+        for weight in self.weights:
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, length: int) -> Tensor:
+        """The first ``length`` vectors, ``(length, dim)``. ValueError above ``prod(shape)``."""
+        _check_length("AxialPositions", length, math.prod(self.shape))
+        # Whole rows of the first axis, broadcast: a gather's backward would need atomics.
+        rows = -(-length // math.prod(self.shape[1:]))
+        grid = (rows, *self.shape[1:])
+        parts = []
+        for axis, weight in enumerate(self.weights):
+            view = [1] * len(grid) + [weight.shape[1]]
+            view[axis] = grid[axis]
+            parts.append(weight[: grid[axis]].view(view).expand(*grid, -1))
+        return torch.cat(parts, dim=-1).flatten(0, -2)[:length]
+
+
+class RotaryPositions(nn.Module):
+    """Angles of rotary position embeddings (RoFormer): relative positions, any length, no
+    parameters.
+
+    Args:
+        head_dim: D, even.
+        base: wavelengths go from 2 pi to ``2 pi * base``.
+    """
+
+    def __init__(self, head_dim: int, base: float = 10000.0) -> None:
+        super().__init__()
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"RotaryPositions: expected an even head_dim >= 2, got {head_dim}")
+        self.head_dim = head_dim
+        self.base = base
+
+    def forward(self, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 ``(length, head_dim / 2)`` each."""
+        # In float64: a float32 angle is off by 0.06 at a million positions.
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
+        frequencies = self.base ** (-exponents / self.head_dim)
+        positions = torch.arange(length, dtype=torch.float64, device=device)
+        angles = positions[:, None] * frequencies
+        return angles.cos().float(), angles.sin().float()
+
+
+def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the pairs ``(x[d], x[d + D/2])`` by the angles of :class:`RotaryPositions`.
+
+    Args:
+        x: ``(B, H, L, D)``.
+        rotary: cosines and sines, ``(L, D / 2)``.
+
+    Returns:
+        The shape and dtype of x.
+    """
+    cos, sin = rotary
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def _check_length(name: str, length: int, limit: int) -> None:
+    if length > limit:
+        raise ValueError(f"{name}: expected at most {limit} positions, got {length}")

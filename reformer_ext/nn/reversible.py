@@ -1,0 +1,294 @@
+"""Reversible residual layers (Reformer, section 3): activations are recomputed, not stored.
+
+``y1 = x1 + F(x2)``, ``y2 = x2 + G(y1)`` is undone by ``x2 = y2 - G(y1)``, ``x1 = y1 - F(x2)``: one
+backward pass needs the final streams only, whatever the depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["ReversibleBlock", "ReversibleStack"]
+
+
+class ReversibleBlock(nn.Module):
+    """One pair (F, G) of a :class:`ReversibleStack`; each maps ``(B, L, dim)`` to the same
+    shape."""
+
+    def __init__(self, f: nn.Module, g: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+        self.g = g
+
+
+class ReversibleStack(nn.Module):
+    """A stack of reversible blocks; the memory of its backward pass does not grow with depth.
+
+    The streams are at least float32, also under autocast and for half-precision inputs: what is
+    recomputed by subtraction is then as good as what was stored. Parameters get their gradients
+    whether or not the input needs one. The recomputation runs in the forward's autocast state,
+    with the forward's random numbers, and leaves the global generators alone; nothing is kept on
+    the modules, so several forwards may precede a backward.
+
+    F or G may
+
+    * return ``(output, replay)`` instead of the output: ``replay`` is a dict of tensors that the
+      recomputation passes back as keyword arguments. A hash returns its buckets there, since the
+      recomputed input differs from the original by rounding and could fall into another one;
+    * have an attribute ``positionwise_chunk_size``: a module that acts on each position alone,
+      over at most that many at a time (0: all). Its backward pass then runs chunk by chunk too.
+
+    Args:
+        blocks: pairs (F, G) of modules.
+        reversible: False runs the same network, to the same numbers, under plain autograd.
+        preserve_rng_state: give the recomputation the forward's random numbers. May be False if no
+            F or G draws from torch's global generators; then the training step can be captured in
+            a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[tuple[nn.Module, nn.Module]],
+        *,
+        reversible: bool = True,
+        preserve_rng_state: bool = True,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ReversibleBlock(f, g) for f, g in blocks)
+        self.reversible = reversible
+        self.preserve_rng_state = preserve_rng_state
+
+    def forward(
+        self,
+        x1: Tensor,
+        x2: Tensor | None = None,
+        f_kwargs: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the blocks.
+
+        Args:
+            x1: ``(B, L, dim)``.
+            x2: the same shape; default ``x1``.
+            f_kwargs: keyword arguments for the F of each block. Tensors among them get no gradient.
+
+        Returns:
+            ``y1, y2``, shape and dtype as ``x1``.
+
+        Raises:
+            ValueError: f_kwargs has not one entry per block, or a tensor in it requires grad.
+            RuntimeError: in backward, if a module's ``training`` flag is not what it was.
+        """
+        x2 = x1 if x2 is None else x2
+        if f_kwargs is None:
+            f_kwargs = [{}] * len(self.blocks)
+        if len(f_kwargs) != len(self.blocks):
+            raise ValueError(
+                f"ReversibleStack: expected f_kwargs for each of {len(self.blocks)} blocks, "
+                f"got {len(f_kwargs)}"
+            )
+        dtype = x1.dtype
+        stream_dtype = torch.promote_types(dtype, torch.float32)
+        x1, x2 = x1.to(stream_dtype), x2.to(stream_dtype)
+        calls = []
+        for block, kwargs in zip(self.blocks, f_kwargs, strict=True):
+            assert isinstance(block, ReversibleBlock)
+            calls += [_Call(block.f, kwargs, dtype), _Call(block.g, {}, dtype)]
+        # A compiled or exported inference graph has no use for the Function, which dynamo cannot
+        # trace.
+        plain = not self.reversible or (torch.compiler.is_compiling() and not self.training)
+        if plain or not torch.is_grad_enabled():
+            for f, g in _pairs(calls):
+                x1 = x1 + f(x2)[0]
+                x2 = x2 + g(x1)[0]
+        else:
+            x1, x2 = self._apply_reversible(calls, x1, x2)
+        return x1.to(dtype), x2.to(dtype)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _apply_reversible(
+        self, calls: list[_Call], x1: Tensor, x2: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        for call in calls:
+            for name, value in call.kwargs.items():
+                if any(leaf.requires_grad for leaf in _tensors(value)):
+                    raise ValueError(
+                        f"ReversibleStack: expected f_kwargs without gradient, got {name} that "
+                        "requires grad (make it a parameter of F, or use reversible=False)"
+                    )
+        run = _Run(calls, self, x1.device, self.preserve_rng_state)
+        if not calls:
+            return x1, x2
+        streams: tuple[Tensor, Tensor] = _Reversible.apply(  # type: ignore[no-untyped-call]
+            run, x1, x2, *run.parameters
+        )
+        return streams
+
+
+@dataclass
+class _Call:
+    """One call of an F or a G, and what its repetition needs beside the input."""
+
+    module: nn.Module
+    kwargs: Mapping[str, Any]
+    dtype: torch.dtype  # that the module works in; the streams may be wider
+    replay: tuple[str, ...] = ()
+    rng: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, x: Tensor, **replay: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        result = self.module(x.to(self.dtype), **self.kwargs, **replay)
+        return (result, {}) if isinstance(result, Tensor) else result
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+
+class _Run:
+    """One forward pass of a stack: its calls and the state they ran in."""
+
+    def __init__(
+        self, calls: list[_Call], stack: nn.Module, device: torch.device, preserve_rng_state: bool
+    ) -> None:
+        self.calls = calls
+        self.stack = stack
+        self.device = device
+        self.preserve_rng_state = preserve_rng_state
+        self.parameters = list(dict.fromkeys(p for call in calls for p in call.parameters()))
+        self.training = [module.training for module in stack.modules()]
+        self.autocast_state = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in dict.fromkeys(("cpu", device.type))
+        ]
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The forward's autocast state. Uncached: where torch's cache ignores the grad mode, the
+        weights that the forward casts without gradient would reach the recomputation."""
+        with ExitStack() as stack:
+            for kind, enabled, dtype in self.autocast_state:
+                stack.enter_context(
+                    torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False)
+                )
+            yield
+
+    def rng_state(self) -> list[Tensor]:
+        if not self.preserve_rng_state:
+            return []
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
+
+    def set_rng_state(self, states: list[Tensor]) -> None:
+        if states:
+            torch.set_rng_state(states[0])
+            for state in states[1:]:
+                torch.cuda.set_rng_state(state, self.device)
+
+    @contextmanager
+    def fork_rng(self) -> Iterator[None]:
+        """Leaves the global generators as they were found."""
+        states = self.rng_state()
+        try:
+            yield
+        finally:
+            self.set_rng_state(states)
+
+
+class _Reversible(torch.autograd.Function):
+    """Saves the final streams and the replays. The parameters are inputs, so that they get
+    gradients through the engine (hooks, DistributedDataParallel, accumulation) even if the streams
+    need none; saving them makes autograd refuse a backward after they were changed in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: _Run, x1: Tensor, x2: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        kept: list[Tensor] = []
+
+        def record(call: _Call, x: Tensor) -> Tensor:
+            call.rng = run.rng_state()
+            y, replay = call(x)
+            call.replay = tuple(replay)
+            kept.extend(replay.values())
+            return y
+
+        with run.autocast():
+            for f, g in _pairs(run.calls):
+                x1 = x1 + record(f, x2)
+                x2 = x2 + record(g, x1)
+        ctx.run = run
+        ctx.save_for_backward(x1, x2, *parameters, *kept)
+        return x1, x2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy1: Tensor, dy2: Tensor) -> tuple[Tensor | None, ...]:
+        run: _Run = ctx.run
+        if run.training != [module.training for module in run.stack.modules()]:
+            raise RuntimeError(
+                "ReversibleStack: expected backward in the mode of its forward (train or eval), "
+                "got modules switched in between, which would recompute another function"
+            )
+        y1, y2, *saved = ctx.saved_tensors
+        kept = saved[len(run.parameters) :]
+        gradients: dict[nn.Parameter, Tensor] = {}
+
+        def recompute(call: _Call, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+            """``module(x)`` again, and what ``dy`` at its output is at ``x``."""
+            run.set_rng_state(call.rng)
+            split = len(kept) - len(call.replay)
+            replay = dict(zip(call.replay, kept[split:], strict=True))
+            del kept[split:]
+            parameters = call.parameters()
+            size = getattr(call.module, "positionwise_chunk_size", 0) or x.shape[1]
+            ys, dxs = [], []
+            for part, dpart in zip(torch.split(x, size, 1), torch.split(dy, size, 1), strict=True):
+                leaf = part.detach().requires_grad_()
+                with torch.enable_grad(), run.autocast():
+                    y, _ = call(leaf, **replay)
+                if y.requires_grad:
+                    dx, *dparameters = torch.autograd.grad(
+                        y, [leaf, *parameters], dpart.to(y.dtype), allow_unused=True
+                    )
+                else:
+                    dx, dparameters = None, []
+                for parameter, gradient in zip(parameters, dparameters, strict=False):
+                    if gradient is not None:
+                        # Not in place: a gradient may share memory with dy.
+                        known = gradients.get(parameter)
+                        gradients[parameter] = gradient if known is None else known + gradient
+                ys.append(y.detach())
+                dxs.append(torch.zeros_like(part) if dx is None else dx)
+            return _join(ys), _join(dxs)
+
+        with run.fork_rng():
+            for f, g in reversed(_pairs(run.calls)):
+                y, dx = recompute(g, y1, dy2)
+                x2, dy1 = y2 - y, dy1 + dx
+                y, dx = recompute(f, x2, dy1)
+                x1, dy2 = y1 - y, dy2 + dx
+                y1, y2 = x1, x2
+        return None, dy1, dy2, *(gradients.get(parameter) for parameter in run.parameters)
+
+
+def _pairs(calls: Sequence[_Call]) -> list[tuple[_Call, _Call]]:
+    return list(zip(calls[0::2], calls[1::2], strict=True))
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,337 @@
+"""The operators: typed, documented functions over ``torch.ops.reformer``.
+
+Shapes: B batch, H heads, L length, D head dimension, R hash rounds. Heads come second, as in
+:func:`torch.nn.functional.scaled_dot_product_attention`; any strides with a contiguous last
+dimension; outputs keep the memory layout of the queries. Float32, float16 and bfloat16 on CPU and
+CUDA, float64 on the CPU; D up to 256, on CUDA a multiple of 8. Any L >= 1, no padding needed.
+All of them work under autograd, autocast, ``torch.compile(fullgraph=True)`` and ``torch.export``,
+run on the current stream without synchronising, and give the same bits run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _extension as _extension  # registers torch.ops.reformer
+
+__all__ = [
+    "bucket_sort",
+    "chunked_attention",
+    "default_n_buckets",
+    "lsh_attention",
+    "lsh_hash",
+    "merge_attention",
+    "sample_rotations",
+]
+
+_MAX_FACTOR_BITS = 6
+
+
+def default_n_buckets(length: int, chunk_size: int = 64) -> list[int]:
+    """About ``2 * length / chunk_size`` buckets (half a chunk each), as a list of even factors.
+
+    The number is the power of two at or below that. The work of hashing follows the sum of the
+    factors, so numbers above 64 are split into near-equal powers of two of at most 64:
+    65,536 positions in chunks of 64 give ``[32, 64]``. Raises ValueError if either is below 1.
+    """
+    if length < 1 or chunk_size < 1:
+        raise ValueError(
+            f"default_n_buckets: expected length and chunk_size >= 1, got {length} and {chunk_size}"
+        )
+    bits = 1
+    while (chunk_size << bits) <= length:
+        bits += 1
+    n_factors = -(-bits // _MAX_FACTOR_BITS)
+    small, larger = divmod(bits, n_factors)
+    return [1 << small] * (n_factors - larger) + [1 << (small + 1)] * larger
+
+
+def sample_rotations(
+    n_heads: int,
+    head_dim: int,
+    n_hashes: int,
+    n_buckets: int | Sequence[int],
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Gaussian rotations for :func:`lsh_hash` (Reformer, section 2).
+
+    Returns ``(n_heads, head_dim, n_hashes, sum(n_buckets) / 2)`` of ``dtype``. The values are
+    rounded to bfloat16 first, so that every dtype and device hashes with the same rotations.
+
+    Args:
+        n_heads: number of heads with rotations of their own; 1 to share one set.
+        head_dim: D of the hashed vectors.
+        n_hashes: rounds.
+        n_buckets: an even number of buckets, or a list of even factors of it.
+        generator: draws from it (and its device) instead of the global generator.
+        device: of the result; default: the generator's, else torch's default device.
+        dtype: of the result.
+    """
+    columns = sum(_factors("sample_rotations", n_buckets)) // 2
+    draw_device = generator.device if generator is not None else device
+    rotations = torch.randn(
+        n_heads, head_dim, n_hashes, columns, generator=generator, device=draw_device
+    )
+    return rotations.to(torch.bfloat16).to(device=device or draw_device, dtype=dtype)
+
+
+def lsh_hash(
+    x: Tensor,
+    rotations: Tensor,
+    n_buckets: int | Sequence[int],
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Buckets of ``x`` by random rotations: ``argmax([xR; -xR])`` per factor (Reformer, section 2).
+
+    Equal directions tend to equal buckets, whatever the length of the vectors. The factors' digits
+    make one number, the first the lowest: ``b1 + n1 * b2 + n1 * n2 * b3 ...``; ties go to the
+    lowest index. Products are accumulated in float32 (float64 for float64) and never materialised
+    as a whole. Not differentiable.
+
+    Args:
+        x: ``(B, H, L, D)``.
+        rotations: ``(H or 1, D, R, sum(n_buckets) / 2)``, as from :func:`sample_rotations`. In
+            x's own half-precision dtype the hash runs on tensor cores.
+        n_buckets: an even number of buckets, or up to 8 even factors of it.
+        key_padding_mask: bool ``(B, L)``, True = padding, which gets the bucket
+            ``prod(n_buckets)``.
+
+    Returns:
+        int32 ``(B, H, R, L)``.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    factors = _factors("lsh_hash", n_buckets)
+    return torch.ops.reformer.lsh_hash.default(x, rotations, factors, key_padding_mask)
+
+
+def bucket_sort(buckets: Tensor, n_buckets: int) -> Tensor:
+    """Stable sort of positions by bucket: ``order[b, h, r, :]`` lists them by (bucket, position).
+
+    Args:
+        buckets: int32 ``(B, H, R, L)``, values in ``[0, n_buckets)`` (out of range: an error on the
+            CPU, clamped on CUDA).
+        n_buckets: number of different buckets, the padding bucket included.
+
+    Returns:
+        int32 ``(B, H, R, L)``.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.reformer.bucket_sort.default(buckets, n_buckets)
+
+
+def chunked_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    order: Tensor | None = None,
+    *,
+    chunk_size: int = 64,
+    look_back: int = 1,
+    look_ahead: int = 0,
+    causal: bool = False,
+    mask_self: bool | None = None,
+    wrap: bool | None = None,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    buckets: Tensor | None = None,
+    correct_duplicates: bool = False,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention inside the chunks of a permutation and between neighbouring chunks.
+
+    Each round's sorted list is cut into chunks of ``chunk_size`` (the last may be short); a query
+    attends to its own chunk, ``look_back`` before and ``look_ahead`` after it. One softmax runs
+    over all (round, key) slots, which equals combining the rounds by their log-sum-exp (Reformer,
+    section 2, equation 6). Memory is linear in L. Differentiable in q, k and v through both
+    outputs.
+
+    Args:
+        q: ``(B, H, L, D)``.
+        k: the same shape, or None for shared QK: the keys are then ``q / |q|``.
+        v: the same shape.
+        order: int32 ``(B, H, R, L)``, a permutation of the positions per round, as from
+            :func:`bucket_sort`; None: one round in natural order, which is local attention.
+        chunk_size: positions in a chunk.
+        look_back: chunks before a query's own that it attends to.
+        look_ahead: chunks after it.
+        causal: a query attends to positions up to its own.
+        mask_self: a query attends to itself only if no other key is valid in any round; its output
+            is then exactly its value and its lse -1e5. Default: True for shared QK, else False.
+        wrap: neighbours are taken circularly over all rounds laid end to end, as in the published
+            Reformers; otherwise they stop at the ends of a round. Default: True with an order.
+        scale: of the logits. Default ``D ** -0.5``; trax and transformers use 1.0 with shared QK.
+        key_padding_mask: bool ``(B, L)``, True = padding, which nobody attends to.
+        buckets: int32 ``(B, H, R, L)``: only pairs of the same bucket (in the same round) attend.
+        correct_duplicates: a pair that meets in several rounds counts once (Reformer, appendix A).
+        dropout_p: probability of dropping a weight, after normalisation.
+        dropout_seed: an int, or an int64 tensor with one element on q's device (for CUDA graphs and
+            torch.compile). The mask depends on it and on the pair alone, not on the device.
+            Default: drawn from torch's global generator when ``dropout_p > 0``.
+
+    Returns:
+        ``out (B, H, L, D)`` and ``lse (B, H, L)``, the natural log of each query's sum of
+        exponentials, float32 (float64 for float64). A query without any valid key gets 0 and -inf.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.reformer.chunked_attention.default(
+        q,
+        k,
+        v,
+        order,
+        chunk_size=chunk_size,
+        look_back=look_back,
+        look_ahead=look_ahead,
+        causal=causal,
+        mask_self=mask_self,
+        wrap=wrap,
+        scale=scale,
+        key_padding_mask=key_padding_mask,
+        buckets=buckets,
+        correct_duplicates=correct_duplicates,
+        dropout_p=dropout_p,
+        dropout_seed=_seed_tensor(dropout_seed, dropout_p, q.device),
+    )
+
+
+def lsh_attention(
+    qk: Tensor,
+    v: Tensor,
+    *,
+    k: Tensor | None = None,
+    n_hashes: int = 8,
+    chunk_size: int = 64,
+    n_buckets: int | Sequence[int] | None = None,
+    rotations: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    buckets: Tensor | None = None,
+    look_back: int = 1,
+    look_ahead: int = 0,
+    causal: bool = False,
+    mask_self: bool | None = None,
+    wrap: bool | None = None,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    same_bucket: bool = False,
+    correct_duplicates: bool = False,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    return_buckets: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """LSH attention: hash the queries, sort by bucket, attend within chunks (Reformer, section 2).
+
+    O(L log L) time and linear memory, for ``n_hashes`` rounds over lists of L positions.
+
+    Args:
+        qk: shared queries and keys, ``(B, H, L, D)``.
+        v: the same shape.
+        k: separate keys of the same shape; query and key of a position then sit where the hash of
+            ``qk`` puts the position.
+        n_hashes: rounds R; ignored with ``rotations`` or ``buckets``, which bring their own.
+        chunk_size: positions in a chunk.
+        n_buckets: an even number, or a list of even factors; default :func:`default_n_buckets`.
+        rotations: ``(H or 1, D, R, sum(n_buckets) / 2)``; default: drawn anew by
+            :func:`sample_rotations`, per head. Pass them (or a generator) for a reproducible hash.
+        generator: where the rotations are drawn from.
+        buckets: int32 ``(B, H, R, L)`` from an earlier call with the same ``n_buckets``: nothing is
+            hashed, as in the recomputation of a reversible layer.
+        same_bucket: only pairs of the same bucket attend.
+        look_back, look_ahead, causal, mask_self, wrap, scale, key_padding_mask, correct_duplicates,
+            dropout_p, dropout_seed: as in :func:`chunked_attention`; padding is hashed to a
+            bucket of its own.
+        return_lse: also return the log-sum-exps, ``(B, H, L)``.
+        return_buckets: also return the buckets, int32 ``(B, H, R, L)``.
+
+    Returns:
+        ``out (B, H, L, D)``, or a tuple of it and what else was asked for, in the order above.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    if qk.dim() != 4:
+        raise RuntimeError(f"lsh_attention: expected qk [B, H, L, D], got {list(qk.shape)}")
+    if n_buckets is None:
+        n_buckets = default_n_buckets(qk.shape[2], chunk_size)
+    factors = _factors("lsh_attention", n_buckets)
+    if rotations is None and buckets is None:
+        rotations = sample_rotations(
+            qk.shape[1],
+            qk.shape[3],
+            n_hashes,
+            factors,
+            generator=generator,
+            device=qk.device,
+            dtype=qk.dtype,
+        )
+    out, lse, buckets = torch.ops.reformer.lsh_attention.default(
+        qk,
+        v,
+        rotations,
+        factors,
+        k=k,
+        buckets=buckets,
+        same_bucket=same_bucket,
+        chunk_size=chunk_size,
+        look_back=look_back,
+        look_ahead=look_ahead,
+        causal=causal,
+        mask_self=mask_self,
+        wrap=wrap,
+        scale=scale,
+        key_padding_mask=key_padding_mask,
+        correct_duplicates=correct_duplicates,
+        dropout_p=dropout_p,
+        dropout_seed=_seed_tensor(dropout_seed, dropout_p, qk.device),
+    )
+    if not (return_lse or return_buckets):
+        return out
+    return (out, *([lse] if return_lse else []), *([buckets] if return_buckets else []))
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Joins attentions of the same queries over disjoint key sets, exactly, by log-sum-exp.
+
+    Args:
+        outs: n tensors ``(B, H, L, D)``.
+        lses: their ``(B, H, L)`` log-sum-exps; -inf where a part had no key.
+
+    Returns:
+        ``out (B, H, L, D)`` and ``lse (B, H, L)``: what one softmax over all keys gives.
+        Differentiable in everything.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.reformer.merge_attention.default(list(outs), list(lses))
+
+
+def _factors(op: str, n_buckets: int | Sequence[int]) -> list[int]:
+    factors = [n_buckets] if isinstance(n_buckets, int) else list(n_buckets)
+    if not factors or any(factor < 2 or factor % 2 for factor in factors):
+        raise RuntimeError(f"{op}: expected n_buckets to be even and >= 2, got {n_buckets}")
+    return factors
+
+
+def _seed_tensor(
+    seed: int | Tensor | None, dropout_p: float, device: torch.device
+) -> Tensor | None:
+    if dropout_p == 0.0:
+        return None
+    if isinstance(seed, Tensor):
+        return seed
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
