@@ -46,6 +46,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("k") = py::none(), py::arg("buckets") = py::none(), py::arg("same_bucket") = false,
         release_gil());
   m.def("merge_attention", &merge_attention, py::arg("outs"), py::arg("lses"), release_gil());
+  m.def("lsh_decode", &reformer::lsh_decode, py::arg("q"), py::arg("keys"), py::arg("values"),
+        py::arg("table"), py::arg("counts"), py::arg("buckets"), py::arg("own_values") = py::none(),
+        py::arg("scale") = py::none(), py::arg("correct_duplicates") = false, release_gil());
+  m.def("lsh_cache_append", &reformer::lsh_cache_append, py::arg("keys"), py::arg("values"),
+        py::arg("table"), py::arg("counts"), py::arg("k"), py::arg("v"), py::arg("buckets"),
+        py::arg("lengths"), release_gil());
   m.def("default_n_buckets", &reformer::default_n_buckets, py::arg("length"),
         py::arg("chunk_size") = 64, release_gil());
   m.def("build_info", &build_info,

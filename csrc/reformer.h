@@ -69,6 +69,32 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lsh_attention(
 // outs: n times [B, H, L, D], lses: n times [B, H, L] -> out [B, H, L, D], lse [B, H, L].
 std::tuple<at::Tensor, at::Tensor> merge_attention(at::TensorList outs, at::TensorList lses);
 
+// Decoding. The cache of a layer: keys and values [B, H, C, D], and per head, round and bucket the
+// last W positions that fell into it: table int32 [B, H, R, N, W], and how many did: counts int32
+// [B, H, R, N]; position number i of a bucket is in slot i % W. All contiguous, counts zero at
+// first.
+
+// Attention of new queries to the positions in their buckets, one softmax over all rounds, at a
+// cost that does not depend on how many positions the cache holds. q [B, H, T, D] of the keys'
+// dtype; buckets int32 [B, H, R, T] of the queries, N or more: padding, which finds nothing. A
+// query that finds no key gets its row of own_values (like q) and the lse -1e5, or 0 and -inf
+// without them. correct_duplicates: a key found in several rounds counts once. Not differentiable.
+// -> out [B, H, T, D], lse [B, H, T].
+std::tuple<at::Tensor, at::Tensor> lsh_decode(const at::Tensor& q, const at::Tensor& keys,
+                                              const at::Tensor& values, const at::Tensor& table,
+                                              const at::Tensor& counts, const at::Tensor& buckets,
+                                              const std::optional<at::Tensor>& own_values = {},
+                                              std::optional<double> scale = {},
+                                              bool correct_duplicates = false);
+
+// Puts T positions into the cache, in place: row t of batch b becomes position lengths[b] + t
+// (lengths int64 [B]). k, v [B, H, T, D] of the keys' dtype; for shared QK k is the
+// length-normalised query. buckets int32 [B, H, R, T]; N or more: padding, which no bucket takes.
+// Positions beyond the capacity C are dropped.
+void lsh_cache_append(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
+                      const at::Tensor& counts, const at::Tensor& k, const at::Tensor& v,
+                      const at::Tensor& buckets, const at::Tensor& lengths);
+
 // About 2 * length / chunk_size buckets (half a chunk each) as a short list of even factors.
 std::vector<int64_t> default_n_buckets(int64_t length, int64_t chunk_size);
 

@@ -39,5 +39,26 @@ def lsh_attention(
     same_bucket: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]: ...
+def lsh_decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    buckets: Tensor,
+    own_values: Tensor | None = None,
+    scale: float | None = None,
+    correct_duplicates: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+def lsh_cache_append(
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    k: Tensor,
+    v: Tensor,
+    buckets: Tensor,
+    lengths: Tensor,
+) -> None: ...
 def default_n_buckets(length: int, chunk_size: int = 64) -> list[int]: ...
 def build_info() -> dict[str, str | None]: ...

@@ -11,7 +11,11 @@ from . import __version__
 from ._extension import _C
 
 # Dispatch keys that say where an operator runs; a composite one runs where its parts do.
-_KERNELS = {"CPU": "CPU", "CUDA": "CUDA", "composite": "CompositeImplicitAutograd"}
+_KERNELS = {
+    "CPU": ["CPU"],
+    "CUDA": ["CUDA"],
+    "composite": ["CompositeImplicitAutograd", "CompositeExplicitAutograd"],
+}
 
 
 def info() -> dict[str, Any]:
@@ -40,8 +44,8 @@ def info() -> dict[str, Any]:
         "operators": {
             name: [
                 kernel
-                for kernel, key in _KERNELS.items()
-                if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+                for kernel, keys in _KERNELS.items()
+                if any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
             ]
             for name in operators
         },

@@ -22,6 +22,8 @@ __all__ = [
     "chunked_attention",
     "default_n_buckets",
     "lsh_attention",
+    "lsh_cache_append",
+    "lsh_decode",
     "lsh_hash",
     "merge_attention",
     "sample_rotations",
@@ -316,6 +318,79 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         RuntimeError: naming the argument, what was expected and what came.
     """
     return torch.ops.reformer.merge_attention.default(list(outs), list(lses))
+
+
+def lsh_decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    buckets: Tensor,
+    *,
+    own_values: Tensor | None = None,
+    scale: float | None = None,
+    correct_duplicates: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention of new queries to the cached positions that fell into their buckets.
+
+    One softmax over the slots of all rounds, as in :func:`lsh_attention`. The cost follows
+    ``R * W``, not the number of positions held. C is the capacity, N the number of buckets, W the
+    positions that a bucket remembers.
+
+    Args:
+        q: ``(B, H, T, D)``. The T queries do not see each other.
+        keys, values: ``(B, H, C, D)`` of q's dtype; for shared QK unit-length keys.
+        table: int32 ``(B, H, R, N, W)``, positions; number i of a bucket is in slot ``i % W``.
+        counts: int32 ``(B, H, R, N)``, how many positions each bucket has had.
+        buckets: int32 ``(B, H, R, T)`` of the queries; N or more: padding, which finds nothing.
+        own_values: like q: what a query gets that finds no key; its lse is then -1e5.
+        scale: of the logits. Default ``D ** -0.5``.
+        correct_duplicates: a key found in several rounds counts once.
+
+    Returns:
+        ``out (B, H, T, D)`` and ``lse (B, H, T)``, float32 (float64 for float64). Without
+        own_values, a query that finds no key gets 0 and -inf. Not differentiable.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.reformer.lsh_decode.default(
+        q,
+        keys,
+        values,
+        table,
+        counts,
+        buckets,
+        own_values=own_values,
+        scale=scale,
+        correct_duplicates=correct_duplicates,
+    )
+
+
+def lsh_cache_append(
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    k: Tensor,
+    v: Tensor,
+    buckets: Tensor,
+    lengths: Tensor,
+) -> None:
+    """Puts T new positions into the cache of :func:`lsh_decode`, in place.
+
+    Args:
+        keys, values, table, counts: the cache, contiguous; counts are zero at first.
+        k, v: ``(B, H, T, D)`` of the keys' dtype.
+        buckets: int32 ``(B, H, R, T)``; N or more: padding, which no bucket takes.
+        lengths: int64 ``(B,)``: row t of sequence b becomes position ``lengths[b] + t``. Positions
+            beyond the capacity are dropped.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    torch.ops.reformer.lsh_cache_append.default(keys, values, table, counts, k, v, buckets, lengths)
 
 
 def _factors(op: str, n_buckets: int | Sequence[int]) -> list[int]:

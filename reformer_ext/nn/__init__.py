@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention, hash_rotations
+from .cache import DecodingCache
 from .feed_forward import ChunkedFeedForward, chunked_lm_loss
 from .models import Reformer, ReformerConfig, ReformerLM
 from .positions import AbsolutePositions, AxialPositions, RotaryPositions, apply_rotary
@@ -12,6 +13,7 @@ __all__ = [
     "AbsolutePositions",
     "AxialPositions",
     "ChunkedFeedForward",
+    "DecodingCache",
     "FullSelfAttention",
     "LSHSelfAttention",
     "LocalSelfAttention",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .cache import FullCache, LocalCache, LSHCache
 from .positions import apply_rotary
 
 __all__ = ["FullSelfAttention", "LSHSelfAttention", "LocalSelfAttention", "hash_rotations"]
@@ -116,6 +117,13 @@ class _SelfAttention(nn.Module):
         return self.dropout if self.training else 0.0
 
 
+def _prompt_lengths(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """Of the sequences ``x (B, L, dim)``, padded at their ends."""
+    if key_padding_mask is None:
+        return torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
+    return (~key_padding_mask).sum(1)
+
+
 class LSHSelfAttention(_SelfAttention):
     """LSH self-attention with shared queries and keys (Reformer, section 2).
 
@@ -186,6 +194,27 @@ class LSHSelfAttention(_SelfAttention):
         self.hash_seed = hash_seed
         self.rotary_before_hash = rotary_before_hash
 
+    def rotations(
+        self,
+        n_buckets: Sequence[int],
+        n_hashes: int | None = None,
+        hash_step: int | Tensor = 0,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Of the layer's hash, ``(H, D, R, sum(n_buckets) / 2)``; see :func:`hash_rotations`."""
+        return hash_rotations(
+            self.hash_seed,
+            hash_step,
+            self.heads,
+            self.head_dim,
+            self.n_hashes if n_hashes is None else n_hashes,
+            n_buckets,
+            device=device,
+            dtype=dtype,
+        )
+
     def forward(
         self,
         x: Tensor,
@@ -197,8 +226,10 @@ class LSHSelfAttention(_SelfAttention):
         dropout_seed: int | Tensor | None = None,
         buckets: Tensor | None = None,
         return_buckets: bool = False,
+        cache: LSHCache | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attends within x.
+        """Attends within x, or to a cache.
 
         Args:
             x: ``(B, L, dim)``.
@@ -210,29 +241,44 @@ class LSHSelfAttention(_SelfAttention):
                 generator if there is dropout.
             buckets: of an earlier call on x, to attend alike: nothing is hashed.
             return_buckets: return the buckets too.
+            cache: with ``lengths``, int64 ``(B,)``, positions that it holds, x continues those;
+                without, x begins the sequences (padded at their ends) and fills the cache, whose
+                hash is then used.
 
         Returns:
             ``(B, L, dim)``, and with return_buckets ``(B, H, R, L)`` of int16 where they fit, else
             int32.
         """
         qk, v = self._project_in(x)
-        n_buckets = self.n_buckets or ops.default_n_buckets(x.shape[1], self.chunk_size)
         hashed = qk
         if rotary is not None:
             qk = apply_rotary(qk, rotary)
             hashed = qk if self.rotary_before_hash else hashed
-        if buckets is None:
-            rotations = hash_rotations(
-                self.hash_seed,
-                hash_step,
-                self.heads,
-                self.head_dim,
-                self.n_hashes if n_hashes is None else n_hashes,
-                n_buckets,
-                device=qk.device,
-                dtype=qk.dtype,
+        if cache is not None and lengths is not None:
+            continued = cache.attend(
+                qk,
+                hashed,
+                v,
+                lengths,
+                scale=self.scale,
+                correct_duplicates=self.correct_duplicates,
             )
+            return self._project_out(continued)
+        if cache is not None:
+            n_buckets: Sequence[int] = cache.n_buckets
+        else:
+            n_buckets = self.n_buckets or ops.default_n_buckets(x.shape[1], self.chunk_size)
+        if buckets is None:
+            if cache is not None:
+                rotations = cache.rotations.to(qk.dtype)
+            else:
+                rotations = self.rotations(
+                    n_buckets, n_hashes, hash_step, device=qk.device, dtype=qk.dtype
+                )
             buckets = ops.lsh_hash(hashed.detach(), rotations, n_buckets, key_padding_mask)
+        if cache is not None:
+            start = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+            cache.append(qk, v, buckets.to(torch.int32), start)
         out = ops.lsh_attention(
             qk,
             v,
@@ -302,11 +348,17 @@ class LocalSelfAttention(_SelfAttention):
         key_padding_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         dropout_seed: int | Tensor | None = None,
+        cache: LocalCache | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`."""
         q, k, v = self._project_in(x)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        if cache is not None and lengths is not None:
+            return self._project_out(cache.attend(q, k, v, lengths, scale=self.scale))
+        if cache is not None:
+            cache.append(k, v, _prompt_lengths(x, key_padding_mask))
         out, _ = ops.chunked_attention(
             q,
             k,
@@ -366,6 +418,8 @@ class FullSelfAttention(_SelfAttention):
         *,
         key_padding_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
+        cache: FullCache | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`.
         Dropout draws from the global generator."""
@@ -373,6 +427,11 @@ class FullSelfAttention(_SelfAttention):
         if rotary is not None:
             q, ks = apply_rotary(q, rotary), [apply_rotary(k, rotary) for k in ks]
         k = F.normalize(q, dim=-1) if self.shared_qk else ks[0]
+        if cache is not None and lengths is not None:
+            out = cache.attend(q, k, v, lengths, scale=self.scale, mask_self=self.shared_qk)
+            return self._project_out(out)
+        if cache is not None:
+            cache.append(k, v, torch.zeros_like(_prompt_lengths(x, None)))
         mask, self_only = self._mask(x.shape[1], key_padding_mask, x.device)
         out = F.scaled_dot_product_attention(
             q,

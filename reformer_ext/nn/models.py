@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ..ops import default_n_buckets
 from .attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
+from .cache import DecodingCache
 from .feed_forward import ACTIVATIONS, ChunkedFeedForward, chunked_lm_loss, map_positions
 from .positions import AbsolutePositions, AxialPositions, RotaryPositions
 from .reversible import ReversibleStack
@@ -296,6 +299,7 @@ class Reformer(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        cache: DecodingCache | None = None,
     ) -> Tensor:
         """Hidden states.
 
@@ -303,19 +307,132 @@ class Reformer(nn.Module):
             tokens: int64 ``(B, L)``, or embeddings, floating ``(B, L, dim)``.
             key_padding_mask: bool ``(B, L)``, True = padding.
             n_hashes: hash rounds of this call; default ``config.n_hashes``.
+            cache: from :meth:`new_cache`. Empty: the tokens begin the sequences, padded on either
+                side where there is a mask. Else they continue them, at a cost that does not depend
+                on how long they are (but for full layers).
 
         Returns:
             ``(B, L, dim)``.
 
         Raises:
-            ValueError: wrong shape, or more positions than there are.
+            ValueError: wrong shape, more positions than there are, or than the cache has room for.
+            RuntimeError: a cache in training or where gradients are recorded.
         """
+        if cache is not None:
+            return self._forward_cached(tokens, key_padding_mask, n_hashes, cache)
         x = self._embed(tokens)
         f_kwargs = self._layer_kwargs(x, key_padding_mask, n_hashes)
         y1, y2 = self.layers(x, f_kwargs=f_kwargs)
         return self.norm((y1 + y2) / 2)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def new_cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        n_hashes: int | None = None,
+        n_buckets: Sequence[int] | None = None,
+        window: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> DecodingCache:
+        """An empty cache on the model's device.
+
+        Args:
+            batch: sequences B.
+            capacity: most positions, of prompt and continuation together.
+            n_hashes: hash rounds; default ``config.n_hashes``.
+            n_buckets: even factors; default the config's, else
+                :func:`reformer_ext.default_n_buckets` of the capacity.
+            window: positions that a bucket remembers; default ``2 * config.chunk_size``, about
+                what a query meets in a forward pass.
+            dtype: of keys and values; default autocast's where that is on, else the parameters'.
+
+        Raises:
+            ValueError: the model is not causal, or an argument is out of range.
+        """
+        config = self.config
+        if not config.causal:
+            raise ValueError("Reformer.new_cache: expected a causal model, got causal=False")
+        window = 2 * config.chunk_size if window is None else window
+        for name, value in (("batch", batch), ("capacity", capacity), ("window", window)):
+            if value < 1:
+                raise ValueError(f"Reformer.new_cache: expected {name} >= 1, got {value}")
+        if config.positions in ("axial", "absolute") and capacity > config.max_length:
+            raise ValueError(
+                f"Reformer.new_cache: expected capacity up to max_length = {config.max_length} "
+                f"with {config.positions} positions, got {capacity}"
+            )
+        if n_buckets is None:
+            n_buckets = (
+                [config.n_buckets] if isinstance(config.n_buckets, int) else config.n_buckets
+            ) or default_n_buckets(capacity, config.chunk_size)
+        weight = self.embedding.weight
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(weight.device.type)
+            dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        rotations = [
+            layer.rotations(n_buckets, n_hashes, device=weight.device, dtype=dtype)
+            for layer in self.layers.modules()
+            if isinstance(layer, LSHSelfAttention)
+        ]
+        return DecodingCache(
+            config,
+            batch,
+            capacity,
+            rotations=rotations,
+            n_buckets=n_buckets,
+            window=window,
+            dtype=dtype,
+            device=weight.device,
+        )
+
+    def _forward_cached(
+        self,
+        tokens: Tensor,
+        key_padding_mask: Tensor | None,
+        n_hashes: int | None,
+        cache: DecodingCache,
+    ) -> Tensor:
+        if self.training or torch.is_grad_enabled():
+            raise RuntimeError(
+                "Reformer: expected evaluation mode and torch.no_grad() with a cache, got "
+                f"training={self.training} and gradients {torch.is_grad_enabled()}"
+            )
+        if n_hashes is not None:
+            raise ValueError("Reformer: n_hashes is the cache's; give it to new_cache")
+        batch, length = tokens.shape[:2]
+        if not torch.compiler.is_compiling():
+            cache.check(batch, length)
+        if cache.filled:
+            if key_padding_mask is not None:
+                raise ValueError("Reformer: expected no key_padding_mask after the prompt, got one")
+            positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
+            rotary = None if self.rotary is None else self.rotary.at(positions[:, None])
+            common = {"rotary": rotary, "lengths": cache.lengths}
+            hidden = self._run(self._embed(tokens, positions), common, cache)
+            cache.extend(torch.full_like(cache.lengths, length), length)
+            return hidden
+
+        lengths = torch.full_like(cache.lengths, length)
+        order: Tensor | None = None
+        if key_padding_mask is not None:
+            # Padding goes to the end, so that every sequence is as if it were alone.
+            lengths = (~key_padding_mask).sum(1)
+            order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)
+            key_padding_mask = key_padding_mask.gather(1, order)
+            tokens = _take(tokens, order)
+        rotary = None if self.rotary is None else self.rotary(length, tokens.device)
+        common = {"rotary": rotary, "key_padding_mask": key_padding_mask}
+        hidden = self._run(self._embed(tokens), common, cache)
+        cache.extend(lengths, length)
+        return hidden if order is None else _take(hidden, order.argsort(dim=1))
+
+    def _run(self, x: Tensor, common: dict[str, Any], cache: DecodingCache) -> Tensor:
+        f_kwargs = [{**common, "cache": layer} for layer in cache.layers]
+        y1, y2 = self.layers(x, f_kwargs=f_kwargs)
+        return self.norm((y1 + y2) / 2)
+
+    def _embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         if tokens.is_floating_point():
             if tokens.dim() != 3 or tokens.shape[-1] != self.config.dim:
                 raise ValueError(
@@ -328,7 +445,10 @@ class Reformer(nn.Module):
                 raise ValueError(f"Reformer: expected tokens [B, L], got {list(tokens.shape)}")
             x = self.embedding(tokens)
         if self.positions is not None:
-            x = x + self.positions(x.shape[1])
+            where = (
+                self.positions(x.shape[1]) if positions is None else self.positions.at(positions)
+            )
+            x = x + where
         return self.dropout(x)
 
     def _layer_kwargs(
@@ -385,11 +505,25 @@ class ReformerLM(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        cache: DecodingCache | None = None,
     ) -> Tensor:
         """Logits ``(B, L, vocab_size)`` of the next token; arguments as in
-        :meth:`Reformer.forward`."""
-        hidden = self.reformer(tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes)
+        :meth:`Reformer.forward`.
+
+        >>> model = ReformerLM(ReformerConfig(dim=64, heads=2, layers=("local", "lsh"))).eval()
+        >>> cache = model.new_cache(batch=1, capacity=2000)
+        >>> with torch.no_grad():
+        ...     logits = model(torch.randint(256, (1, 1000)), cache=cache)  # the prompt
+        ...     logits = model(logits[:, -1:].argmax(-1), cache=cache)  # one token more
+        """
+        hidden = self.reformer(
+            tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes, cache=cache
+        )
         return F.linear(hidden, self.output_weight)
+
+    def new_cache(self, batch: int, capacity: int, **options: Any) -> DecodingCache:
+        """An empty cache for :meth:`forward`; see :meth:`Reformer.new_cache`."""
+        return self.reformer.new_cache(batch, capacity, **options)
 
     def loss(
         self,
@@ -475,6 +609,11 @@ class ReformerLM(nn.Module):
                 f"{weights_path}: not the weights of {config_path}: {error}"
             ) from error
         return model.to(device).eval()
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """Positions of ``x (B, L)`` or ``(B, L, dim)`` in ``order (B, L)``."""
+    return x.gather(1, order if x.dim() == 2 else order[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _is_int(value: object, least: int) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["AbsolutePositions", "AxialPositions", "RotaryPositions", "apply_rotary"]
@@ -23,6 +24,10 @@ class AbsolutePositions(nn.Module):
         """The first ``length`` vectors, ``(length, dim)``. Raises ValueError above max_length."""
         _check_length("AbsolutePositions", length, self.weight.shape[0])
         return self.weight[:length]
+
+    def at(self, positions: Tensor) -> Tensor:
+        """The vectors of ``positions``, int64 ``(...)`` below max_length: ``(..., dim)``."""
+        return F.embedding(positions, self.weight)
 
 
 class AxialPositions(nn.Module):
@@ -76,6 +81,14 @@ class AxialPositions(nn.Module):
             parts.append(weight[: grid[axis]].view(view).expand(*grid, -1))
         return torch.cat(parts, dim=-1).flatten(0, -2)[:length]
 
+    def at(self, positions: Tensor) -> Tensor:
+        """The vectors of ``positions``, int64 ``(...)`` below ``prod(shape)``: ``(..., dim)``."""
+        parts = []
+        for size, weight in zip(reversed(self.shape), reversed([*self.weights]), strict=True):
+            parts.append(F.embedding(positions % size, weight))
+            positions = positions // size
+        return torch.cat(parts[::-1], dim=-1)
+
 
 class RotaryPositions(nn.Module):
     """Angles of rotary position embeddings (RoFormer): relative positions, any length, no
@@ -95,11 +108,14 @@ class RotaryPositions(nn.Module):
 
     def forward(self, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32 ``(length, head_dim / 2)`` each."""
+        return self.at(torch.arange(length, device=device))
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of ``positions (...)``, float32 ``(..., head_dim / 2)`` each."""
         # In float64: a float32 angle is off by 0.06 at a million positions.
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device)
         frequencies = self.base ** (-exponents / self.head_dim)
-        positions = torch.arange(length, dtype=torch.float64, device=device)
-        angles = positions[:, None] * frequencies
+        angles = positions.double()[..., None] * frequencies
         return angles.cos().float(), angles.sin().float()
 
 
@@ -108,7 +124,7 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
     Args:
         x: ``(B, H, L, D)``.
-        rotary: cosines and sines, ``(L, D / 2)``.
+        rotary: cosines and sines, ``(L, D / 2)`` or with dimensions before that broadcast.
 
     Returns:
         The shape and dtype of x.

@@ -1,0 +1,29 @@
+// lsh_decode and lsh_cache_append: what their CPU kernels and the composite ones share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+namespace reformer {
+
+// Raise unless the arguments are as reformer.h says (but for the values of table, counts, buckets
+// and lengths). Run under tracing too.
+void check_lsh_decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values,
+                      const at::Tensor& table, const at::Tensor& counts, const at::Tensor& buckets,
+                      const std::optional<at::Tensor>& own_values, std::optional<double> scale);
+void check_lsh_cache_append(const at::Tensor& keys, const at::Tensor& values,
+                            const at::Tensor& table, const at::Tensor& counts, const at::Tensor& k,
+                            const at::Tensor& v, const at::Tensor& buckets,
+                            const at::Tensor& lengths);
+
+// The uninitialised out, like q, and lse [B, H, T] in float32 (float64 for float64).
+std::tuple<at::Tensor, at::Tensor> lsh_decode_output(const at::Tensor& q);
+
+inline double decode_scale(const at::Tensor& q, std::optional<double> scale) {
+  return scale.value_or(std::pow(static_cast<double>(q.size(3)), -0.5));
+}
+
+}  // namespace reformer

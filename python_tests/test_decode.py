@@ -1,0 +1,494 @@
+"""Decoding: the operators against loops over lists, the cache against the full forward pass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import device_dtypes, gpu
+from torch import Tensor
+
+import reformer_ext
+from reformer_ext.nn import DecodingCache, ReformerConfig, ReformerLM
+
+ops = torch.ops.reformer
+DEVICES = ["cpu", gpu("cuda")]
+COMPOSITE = torch._C.DispatchKey.CompositeExplicitAutograd  # the kernel of devices without their own
+
+
+@dataclass(frozen=True)
+class Sizes:
+    batch: int = 2
+    heads: int = 3
+    head_dim: int = 16
+    rounds: int = 2
+    n_buckets: int = 5
+    window: int = 4
+    capacity: int = 60
+
+
+class Cache:
+    """The tensors of a cache, filled with garbage where nothing has been written."""
+
+    def __init__(self, sizes: Sizes, device: str, dtype: torch.dtype) -> None:
+        rows = (sizes.batch, sizes.heads, sizes.capacity, sizes.head_dim)
+        buckets = (sizes.batch, sizes.heads, sizes.rounds, sizes.n_buckets)
+        self.keys, self.values = (
+            torch.full(rows, math.nan, device=device, dtype=dtype) for _ in range(2)
+        )
+        self.table = torch.full((*buckets, sizes.window), -7, device=device, dtype=torch.int32)
+        self.counts = torch.zeros(buckets, device=device, dtype=torch.int32)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.keys, self.values, self.table, self.counts
+
+
+def rows(sizes: Sizes, n: int, device: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    """Unit-length k and any v ``(B, H, n, D)``, and buckets with some padding ``(B, H, R, n)``."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (sizes.batch, n, sizes.heads, sizes.head_dim)
+    k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    buckets = torch.randint(
+        sizes.n_buckets + 1, (sizes.batch, sizes.heads, sizes.rounds, n), generator=generator
+    )
+    k, v = F.normalize(k, dim=-1).transpose(1, 2), v.transpose(1, 2)
+    return k.to(device, dtype), v.to(device, dtype), buckets.to(device, torch.int32)
+
+
+def append_everywhere(cache: Cache, composite: bool, *args: Tensor) -> None:
+    """Through the device's own kernel, or the one composed of ATen operators."""
+    if composite:
+        ops.lsh_cache_append.default._op_dk(COMPOSITE, *cache.tensors(), *args)
+    else:
+        reformer_ext.lsh_cache_append(*cache.tensors(), *args)
+
+
+def decode(cache: Cache, composite: bool, q: Tensor, buckets: Tensor, **options: object):
+    if not composite:
+        return reformer_ext.lsh_decode(q, *cache.tensors(), buckets, **options)
+    options = {"own_values": None, "scale": None, "correct_duplicates": False, **options}
+    return ops.lsh_decode.default._op_dk(COMPOSITE, q, *cache.tensors(), buckets, **options)
+
+
+def expected_decode(
+    history: list[tuple[Tensor, Tensor, Tensor, Tensor]],
+    sizes: Sizes,
+    q: Tensor,
+    buckets: Tensor,
+    own_values: Tensor | None,
+    scale: float | None,
+    correct_duplicates: bool,
+) -> tuple[Tensor, Tensor]:
+    """By lists of positions, in float64."""
+    keys = torch.cat([k for k, _, _, _ in history], dim=2).double()
+    values = torch.cat([v for _, v, _, _ in history], dim=2).double()
+    all_buckets = torch.cat([b for _, _, b, _ in history], dim=3).tolist()
+    out, lse = torch.zeros_like(q, dtype=torch.float64), torch.zeros(q.shape[:3]).double()
+    for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        found: list[int] = []
+        for r in range(sizes.rounds):
+            bucket = int(buckets[b, h, r, t])
+            members = [i for i, other in enumerate(all_buckets[b][h][r]) if other == bucket]
+            found += members[-sizes.window :] if bucket < sizes.n_buckets else []
+        if correct_duplicates:
+            found = sorted(set(found))
+        if not found:
+            out[b, h, t] = 0 if own_values is None else own_values[b, h, t].double()
+            lse[b, h, t] = -math.inf if own_values is None else -1e5
+            continue
+        factor = sizes.head_dim**-0.5 if scale is None else scale
+        logits = keys[b, h, found] @ q[b, h, t].double() * factor
+        out[b, h, t] = logits.softmax(0) @ values[b, h, found]
+        lse[b, h, t] = logits.logsumexp(0)
+    return out, lse
+
+
+@pytest.mark.parametrize("composite", [False, True], ids=["kernel", "composite"])
+@pytest.mark.parametrize("own", [True, False], ids=["own", "zero"])
+@pytest.mark.parametrize("correct", [True, False], ids=["once", "every"])
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_decode_is_attention_to_the_last_of_each_bucket(
+    device: str, dtype: torch.dtype, correct: bool, own: bool, composite: bool
+) -> None:
+    sizes = Sizes()
+    cache = Cache(sizes, device, dtype)
+    history = []
+    lengths = torch.zeros(sizes.batch, dtype=torch.int64, device=device)
+    for step, n in enumerate([1, 17, 1, 2, 9, 1, 1]):
+        k, v, buckets = rows(sizes, n, device, dtype, step)
+        if history:
+            q, own_values, _ = rows(sizes, 3, device, dtype, 100 + step)
+            _, _, wanted = rows(sizes, 3, device, dtype, 200 + step)
+            options = {
+                "own_values": own_values if own else None,
+                "scale": 2.0 if step % 2 else None,
+                "correct_duplicates": correct,
+            }
+            out, lse = decode(cache, composite, q, wanted, **options)
+            expected = expected_decode(
+                [tuple(x.cpu() for x in part) for part in history],
+                sizes,
+                q.cpu(),
+                wanted.cpu(),
+                own_values.cpu() if own else None,
+                options["scale"],
+                correct,
+            )
+            assert out.dtype == dtype and out.stride() == q.stride()
+            tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+            torch.testing.assert_close(
+                out.cpu().double(), expected[0], rtol=tolerance, atol=tolerance
+            )
+            torch.testing.assert_close(
+                lse.cpu().double(), expected[1], rtol=min(tolerance, 1e-5), atol=1e-5
+            )
+        append_everywhere(cache, composite, k, v, buckets, lengths)
+        history.append((k, v, buckets, lengths))
+        lengths = lengths + n
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernel_and_composite_leave_the_same_cache(device: str) -> None:
+    """Sequences of different lengths, positions in one piece or one by one, over the capacity."""
+    sizes = Sizes(capacity=30)
+    k, v, buckets = rows(sizes, 40, device, torch.float32, 3)
+    lengths = torch.tensor([0, 11], device=device)
+    caches = []
+    for composite in (False, True):
+        for pieces in ([40], [1] * 40, [7, 1, 32]):
+            cache, begin = Cache(sizes, device, torch.float32), 0
+            for n in pieces:
+                part = slice(begin, begin + n)
+                append_everywhere(
+                    cache,
+                    composite,
+                    k[:, :, part],
+                    v[:, :, part],
+                    buckets[..., part],
+                    lengths + begin,
+                )
+                begin += n
+            caches.append(cache)
+    for cache in caches[1:]:
+        for got, want in zip(cache.tensors(), caches[0].tensors(), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(caches[0].keys[0], k[0, :, :30])
+    assert torch.equal(caches[0].keys[1, :, 11:], k[1, :, :19])
+    assert caches[0].keys[1, :, :11].isnan().all()
+
+
+def test_operators_are_registered_soundly() -> None:
+    sizes = Sizes()
+    cache = Cache(sizes, "cpu", torch.float32)
+    cache.keys.zero_(), cache.values.zero_(), cache.table.zero_()
+    k, v, buckets = rows(sizes, 9, "cpu", torch.float32, 0)
+    lengths = torch.zeros(sizes.batch, dtype=torch.int64)
+    torch.library.opcheck(ops.lsh_cache_append.default, (*cache.tensors(), k, v, buckets, lengths))
+    options = {"own_values": v, "correct_duplicates": True}
+    torch.library.opcheck(ops.lsh_decode.default, (k, *cache.tensors(), buckets), options)
+
+
+def test_decoding_is_not_differentiable() -> None:
+    sizes = Sizes()
+    cache = Cache(sizes, "cpu", torch.float32)
+    k, v, buckets = rows(sizes, 2, "cpu", torch.float32, 0)
+    out, _ = reformer_ext.lsh_decode(k.requires_grad_(), *cache.tensors(), buckets, own_values=v)
+    with pytest.raises(RuntimeError, match="derivative for reformer::lsh_decode"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": (2, 3, 5)}, r"lsh_decode: expected q of shape \[B, H, L, D\]"),
+        ({"keys": (2, 3, 60, 8)}, r"lsh_decode: expected keys of shape \[2, 3, 60, 16\]"),
+        ({"values": (2, 3, 61, 16)}, r"lsh_decode: expected values of shape .* like keys"),
+        ({"table": (2, 3, 4, 5, 4)}, r"lsh_decode: expected table of shape \[2, 3, 2, 5, 4\]"),
+        ({"counts": (2, 3, 2, 4)}, r"lsh_decode: expected counts of shape \[2, 3, 2, 5\]"),
+        ({"buckets": (2, 3, 2, 3)}, r"lsh_decode: expected buckets of shape \[2, 3, 2, 4\]"),
+        ({"own_values": (2, 3, 4, 8)}, r"lsh_decode: expected own_values of shape"),
+    ],
+)
+def test_decode_errors(change: dict[str, tuple[int, ...]], message: str) -> None:
+    shapes = {
+        "q": (2, 3, 4, 16),
+        "keys": (2, 3, 60, 16),
+        "values": (2, 3, 60, 16),
+        "table": (2, 3, 2, 5, 4),
+        "counts": (2, 3, 2, 5),
+        "buckets": (2, 3, 2, 4),
+    }
+    integers = {"table", "counts", "buckets"}
+    args = {
+        name: torch.zeros(shape, dtype=torch.int32 if name in integers else torch.float32)
+        for name, shape in {**shapes, **change}.items()
+    }
+    with pytest.raises(RuntimeError, match=message):
+        reformer_ext.lsh_decode(**args)
+
+
+def test_more_decode_errors() -> None:
+    sizes = Sizes()
+    cache = Cache(sizes, "cpu", torch.float32)
+    k, v, buckets = rows(sizes, 2, "cpu", torch.float32, 0)
+    lengths = torch.zeros(sizes.batch, dtype=torch.int64)
+    keys, values, table, counts = cache.tensors()
+    with pytest.raises(RuntimeError, match="expected keys of dtype Double, got Float"):
+        reformer_ext.lsh_decode(k.double(), *cache.tensors(), buckets)
+    with pytest.raises(RuntimeError, match="lsh_decode: expected buckets of dtype Int, got Long"):
+        reformer_ext.lsh_decode(k, *cache.tensors(), buckets.long())
+    with pytest.raises(RuntimeError, match="expected a contiguous table, got strides"):
+        reformer_ext.lsh_decode(
+            k, keys, values, table.transpose(3, 4).contiguous().mT, counts, buckets
+        )
+    with pytest.raises(RuntimeError, match="lsh_decode: expected a finite scale, got inf"):
+        reformer_ext.lsh_decode(k, *cache.tensors(), buckets, scale=math.inf)
+    with pytest.raises(RuntimeError, match=r"expected lengths of shape \[2\] \(batch\)"):
+        reformer_ext.lsh_cache_append(*cache.tensors(), k, v, buckets, lengths[:1])
+    with pytest.raises(RuntimeError, match="lsh_cache_append: expected lengths >= 0, got -1"):
+        reformer_ext.lsh_cache_append(*cache.tensors(), k, v, buckets, lengths - 1)
+    counts.fill_(2)
+    with pytest.raises(RuntimeError, match=r"expected table with positions in \[0, 60\), got -7"):
+        reformer_ext.lsh_decode(k, *cache.tensors(), buckets.clamp(max=4))
+
+
+# The models ---------------------------------------------------------------------------------------
+
+
+def language_model(device: str = "cpu", **fields: object) -> ReformerLM:
+    """In float64, with weights large enough that attention matters."""
+    defaults = {
+        "vocab_size": 50,
+        "dim": 32,
+        "heads": 2,
+        "layers": ("local", "lsh", "full"),
+        "n_hashes": 3,
+        "chunk_size": 64,
+        "n_buckets": 6,
+        "same_bucket": True,  # in one chunk: a forward pass sees what decoding does
+        "local_chunk_size": 8,
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(1)
+    return ReformerLM(ReformerConfig(**{**defaults, **fields})).to(device).double().eval()
+
+
+def continued(model: ReformerLM, cache: DecodingCache, tokens: Tensor, pieces: list[int]) -> Tensor:
+    """Logits of the tokens given to the cache piece by piece."""
+    assert sum(pieces) == tokens.shape[1]
+    with torch.no_grad():
+        parts = [model(part, cache=cache) for part in tokens.split(pieces, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("positions", ["rotary", "axial", "absolute", "none"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"correct_duplicates": True, "full_shared_qk": True, "rotary_before_hash": True},
+        {"shared_qk_scale": None, "n_buckets": (2, 4), "reversible": False},
+    ],
+    ids=["default", "variant", "factors"],
+)
+def test_cached_logits_are_the_forward_passes(
+    fields: dict[str, object], positions: str, device: str
+) -> None:
+    model = language_model(device, positions=positions, max_length=60, **fields)
+    tokens = torch.randint(50, (2, 43), device=device)
+    with torch.no_grad():
+        expected = model(tokens)
+    for pieces in ([43], [1] * 43, [30, *[1] * 13], [5, 17, 1, 20]):
+        cache = model.new_cache(2, 60, window=64)
+        got = continued(model, cache, tokens, pieces)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        assert cache.lengths.tolist() == [43, 43]
+
+
+@pytest.mark.parametrize("side", ["left", "right", "scattered"])
+def test_padded_prompts_are_as_if_alone(side: str) -> None:
+    """HF's cached LSH decoding reads batch row 0's hidden states for every row."""
+    model = language_model()
+    lengths = [13, 40, 1]
+    tokens = torch.randint(50, (3, 40))
+    real = torch.arange(40) < torch.tensor(lengths)[:, None]
+    if side == "left":
+        real = real.flip(1)
+    elif side == "scattered":
+        real = torch.stack([row[torch.randperm(40)] for row in real])
+    more = torch.randint(50, (3, 9))
+    cache = model.new_cache(3, 60, window=64)
+    with torch.no_grad():
+        prompt = model(tokens, key_padding_mask=~real, cache=cache)
+        later = continued(model, cache, more, [1, 3, 5])
+        for row in range(3):
+            alone = torch.cat([tokens[row][real[row]], more[row]])[None]
+            want = model(alone)[0]
+            n = lengths[row]
+            torch.testing.assert_close(prompt[row][real[row]], want[:n], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(later[row], want[n:], rtol=1e-9, atol=1e-9)
+    assert cache.lengths.tolist() == [n + 9 for n in lengths]
+
+
+def test_a_bucket_forgets_beyond_its_window() -> None:
+    model = language_model(layers=("lsh",), positions="none")
+    tokens = torch.randint(50, (1, 50))
+    with torch.no_grad():
+        expected = model(tokens)
+    narrow = continued(model, model.new_cache(1, 50, window=1), tokens, [10, *[1] * 40])
+    assert not torch.allclose(narrow[:, -1], expected[:, -1])
+    assert narrow.isfinite().all()
+
+
+def test_reset_starts_again() -> None:
+    model = language_model()
+    cache = model.new_cache(1, 50, window=64)
+    first = continued(model, cache, torch.randint(50, (1, 40)), [20, *[1] * 20])
+    cache.reset()
+    tokens = torch.randint(50, (1, 30))
+    again = continued(model, cache, tokens, [10, *[1] * 20])
+    fresh = continued(model, model.new_cache(1, 50, window=64), tokens, [10, *[1] * 20])
+    assert torch.equal(again, fresh)
+    assert first.shape[1] == 40
+
+
+def test_cost_of_a_step_does_not_grow_with_the_context() -> None:
+    """What a step of local and LSH layers reads and writes, counted by its operators."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Elements(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, Tensor):
+                    self.total += tensor.numel()
+            return out
+
+    model = language_model(layers=("local", "lsh"))
+    totals = []
+    for context in (50, 5000):
+        cache = model.new_cache(1, context + 1)
+        with torch.no_grad():
+            model(torch.randint(50, (1, context)), cache=cache)
+            with Elements() as counter:
+                model(torch.randint(50, (1, 1)), cache=cache)
+        totals.append(counter.total)
+    assert totals[0] == totals[1] > 0
+
+
+def test_buffers_are_changed_in_place() -> None:
+    model = language_model()
+    cache = model.new_cache(2, 40)
+    before = {name: buffer.data_ptr() for name, buffer in cache.named_buffers()}
+    continued(model, cache, torch.randint(50, (2, 12)), [8, 1, 3])
+    assert {name: buffer.data_ptr() for name, buffer in cache.named_buffers()} == before
+    assert not cache.state_dict()
+
+
+def test_step_compiles_once() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model = language_model()
+    tokens = torch.randint(50, (2, 30))
+    with torch.no_grad():
+        expected = model(tokens)
+    cache = model.new_cache(2, 40, window=64)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        model(tokens[:, :20], cache=cache)
+        got = [step(tokens[:, t : t + 1], cache=cache) for t in range(20, 30)]
+    assert counter.frame_count == 1
+    torch.testing.assert_close(torch.cat(got, 1), expected[:, 20:], rtol=1e-9, atol=1e-9)
+
+
+def test_step_exports() -> None:
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = language_model(layers=("local", "lsh"))
+            self.cache = self.model.new_cache(2, 40, window=64)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.model(tokens, cache=self.cache)
+
+    tokens = torch.randint(50, (2, 30))
+    step = Step().eval()
+    with torch.no_grad():
+        expected = step.model(tokens)
+        step(tokens[:, :20])
+        program = torch.export.export(step, (tokens[:, 20:21],)).module()
+        got = [program(tokens[:, t : t + 1]) for t in range(20, 30)]
+    torch.testing.assert_close(torch.cat(got, 1), expected[:, 20:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.gpu
+def test_step_in_a_cuda_graph() -> None:
+    model = language_model("cuda", layers=("local", "lsh")).float()
+    tokens = torch.randint(50, (2, 30), device="cuda")
+    with torch.no_grad():
+        expected = model(tokens)
+        cache = model.new_cache(2, 40, window=64)
+        model(tokens[:, :20], cache=cache)
+        static = tokens[:, 20:21].clone()
+        saved = [buffer.clone() for buffer in cache.buffers()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            model(static, cache=cache)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(static, cache=cache)
+        for buffer, value in zip(cache.buffers(), saved, strict=True):
+            buffer.copy_(value)
+        got = []
+        for t in range(20, 30):
+            static.copy_(tokens[:, t : t + 1])
+            graph.replay()
+            got.append(logits.clone())
+    torch.testing.assert_close(torch.cat(got, 1), expected[:, 20:], rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_keeps_its_dtype() -> None:
+    model = language_model().float()
+    tokens = torch.randint(50, (1, 30))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(tokens)
+        cache = model.new_cache(1, 40, window=64)
+        got = torch.cat([model(part, cache=cache) for part in tokens.split([20, 1, 9], 1)], 1)
+    assert cache.layers[0].keys.dtype == torch.bfloat16
+    assert (got - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_cache_errors() -> None:
+    model = language_model(layers=("local", "lsh"))
+    tokens = torch.randint(50, (1, 8))
+    with pytest.raises(ValueError, match="new_cache: expected capacity >= 1, got 0"):
+        model.new_cache(1, 0)
+    with pytest.raises(ValueError, match="expected a causal model, got causal=False"):
+        language_model(causal=False).new_cache(1, 8)
+    with pytest.raises(ValueError, match=r"capacity up to max_length = 16 with axial positions"):
+        language_model(positions="axial", max_length=16).new_cache(1, 17)
+    cache = model.new_cache(1, 10)
+    with pytest.raises(RuntimeError, match=r"expected evaluation mode and torch\.no_grad"):
+        model(tokens, cache=cache)
+    with torch.no_grad():
+        model(tokens, cache=cache)
+        with pytest.raises(ValueError, match="expected at most 10 positions, got 3 more after 8"):
+            model(tokens[:, :3], cache=cache)
+        with pytest.raises(ValueError, match="expected 1 sequences, got 2"):
+            model(tokens.expand(2, -1), cache=cache)
+        with pytest.raises(ValueError, match="expected no key_padding_mask after the prompt"):
+            model(tokens[:, :1], key_padding_mask=torch.zeros(1, 1).bool(), cache=cache)
+        with pytest.raises(ValueError, match="n_hashes is the cache's"):
+            model(tokens[:, :1], n_hashes=2, cache=cache)
+        assert cache.lengths.tolist() == [8]  # nothing half done
+        model(tokens[:, :2], cache=cache)

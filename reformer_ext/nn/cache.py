@@ -1,0 +1,310 @@
+"""What generation remembers: a layer's keys and values, found again at constant cost a token.
+
+LSH layers keep, per head, round and bucket, the last positions that fell into the bucket; a new
+token attends to those in its own buckets. Local layers keep the chunks of their window, full layers
+everything. The buffers have a fixed size and are changed in place, so a decoding step can be
+captured in a CUDA graph, compiled and exported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+if TYPE_CHECKING:
+    from .models import ReformerConfig
+
+__all__ = ["DecodingCache", "FullCache", "LSHCache", "LocalCache"]
+
+
+class LSHCache(nn.Module):
+    """Keys, values and bucket table of an LSH layer; see :func:`reformer_ext.lsh_decode`.
+
+    Args:
+        batch, heads, head_dim: B, H, D.
+        capacity: C positions.
+        rotations: ``(H, D, R, sum(n_buckets) / 2)``, of the layer's hash.
+        n_buckets: even factors.
+        window: W positions that a bucket remembers.
+        dtype: of keys and values.
+    """
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    counts: Tensor
+    rotations: Tensor
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        rotations: Tensor,
+        n_buckets: Sequence[int],
+        window: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        device = rotations.device
+        table = (batch, heads, rotations.shape[2], math.prod(n_buckets))
+        rows = (batch, heads, capacity, head_dim)
+        self.n_buckets = list(n_buckets)
+        for name, buffer in {
+            "keys": torch.zeros(rows, dtype=dtype, device=device),
+            "values": torch.zeros(rows, dtype=dtype, device=device),
+            "table": torch.zeros(*table, window, dtype=torch.int32, device=device),
+            "counts": torch.zeros(table, dtype=torch.int32, device=device),
+            "rotations": rotations,
+        }.items():
+            self.register_buffer(name, buffer, persistent=False)
+
+    def append(self, qk: Tensor, v: Tensor, buckets: Tensor, lengths: Tensor) -> None:
+        """Adds positions ``(B, H, T, D)`` with buckets int32 ``(B, H, R, T)`` after ``lengths``."""
+        dtype = self.keys.dtype
+        k = F.normalize(qk.float() if dtype != torch.float64 else qk, dim=-1).to(dtype)
+        ops.lsh_cache_append(
+            self.keys, self.values, self.table, self.counts, k, v.to(dtype), buckets, lengths
+        )
+
+    def attend(
+        self,
+        qk: Tensor,
+        hashed: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        *,
+        scale: float | None,
+        correct_duplicates: bool,
+    ) -> Tensor:
+        """Each of T new positions ``(B, H, T, D)`` attends to those before it and is added."""
+        dtype = self.keys.dtype
+        buckets = ops.lsh_hash(hashed, self.rotations.to(hashed.dtype), self.n_buckets)
+        outs = []
+        for t in range(qk.shape[2]):
+            now = slice(t, t + 1)
+            out, _ = ops.lsh_decode(
+                qk[:, :, now].to(dtype),
+                self.keys,
+                self.values,
+                self.table,
+                self.counts,
+                buckets[..., now],
+                own_values=v[:, :, now].to(dtype),
+                scale=scale,
+                correct_duplicates=correct_duplicates,
+            )
+            self.append(qk[:, :, now], v[:, :, now], buckets[..., now], lengths + t)
+            outs.append(out)
+        return torch.cat(outs, dim=2).to(qk.dtype)
+
+
+class _RowCache(nn.Module):
+    """Keys and values in rows, each position at a place of its own."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        places: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        for name in ("keys", "values"):
+            rows = torch.zeros(batch, heads, places, head_dim, dtype=dtype, device=device)
+            self.register_buffer(name, rows, persistent=False)
+
+    def _write(self, k: Tensor, v: Tensor, places: Tensor) -> None:
+        """Rows ``(B, H, T, D)`` to different ``places (B, T)``."""
+        index = places[:, None, :, None].expand_as(k)
+        self.keys.scatter_(2, index, k.to(self.keys.dtype))
+        self.values.scatter_(2, index, v.to(self.values.dtype))
+
+    def _attend(self, q: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+        """``q (B, H, T, D)`` to the places that ``mask (B, T, places)`` allows."""
+        out = F.scaled_dot_product_attention(
+            q.to(self.keys.dtype), self.keys, self.values, attn_mask=mask[:, None], scale=scale
+        )
+        return out.to(q.dtype)
+
+
+class LocalCache(_RowCache):
+    """The chunks that a causal local layer looks at: position p is at place ``p % places``."""
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        chunk_size: int,
+        look_back: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.chunk_size, self.look_back = chunk_size, look_back
+        places = (1 + look_back) * chunk_size
+        super().__init__(batch, heads, head_dim, places, dtype=dtype, device=device)
+
+    def append(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+        """Adds the first ``lengths (B,)`` of T positions ``(B, H, T, D)`` to an empty cache."""
+        # Every place looks up the newest position that belongs there: no two writes meet.
+        positions = self._positions(lengths - 1).clamp(0, k.shape[2] - 1)
+        index = positions[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        self.keys.copy_(k.gather(2, index))
+        self.values.copy_(v.gather(2, index))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float | None
+    ) -> Tensor:
+        """Each of T new positions ``(B, H, T, D)`` is added and attends to its window."""
+        outs = []
+        for t in range(q.shape[2]):
+            now = slice(t, t + 1)
+            last = lengths + t
+            self._write(k[:, :, now], v[:, :, now], (last % self.keys.shape[2])[:, None])
+            positions = self._positions(last)
+            first = (last // self.chunk_size - self.look_back) * self.chunk_size
+            mask = positions >= first.clamp(min=0)[:, None]
+            outs.append(self._attend(q[:, :, now], mask[:, None], scale))
+        return torch.cat(outs, dim=2)
+
+    def _positions(self, last: Tensor) -> Tensor:
+        """The newest position up to ``last (B,)`` of each place, ``(B, places)``; some below 0."""
+        places = torch.arange(self.keys.shape[2], device=last.device)
+        return last[:, None] - (last[:, None] - places) % self.keys.shape[2]
+
+
+class FullCache(_RowCache):
+    """Everything a causal full layer has seen. ``shared_qk``: keys are normalised queries."""
+
+    def append(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+        """Adds T positions ``(B, H, T, D)`` after ``lengths (B,)``."""
+        places = lengths[:, None] + torch.arange(k.shape[2], device=k.device)
+        self._write(k, v, places.clamp(max=self.keys.shape[2] - 1))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        *,
+        scale: float | None,
+        mask_self: bool,
+    ) -> Tensor:
+        """T new positions ``(B, H, T, D)`` are added and attend to what is not after them."""
+        self.append(k, v, lengths)
+        queries = lengths[:, None, None] + torch.arange(q.shape[2], device=q.device)[:, None]
+        places = torch.arange(self.keys.shape[2], device=q.device)
+        if not mask_self:
+            return self._attend(q, places <= queries, scale)
+        out = self._attend(q, places < queries.clamp(min=1), scale)
+        return torch.where(queries[:, None] == 0, v, out)  # the first has nothing but itself
+
+
+class DecodingCache(nn.Module):
+    """The caches of all layers of a causal :class:`Reformer`, and how long each sequence is.
+
+    Made by :meth:`ReformerLM.new_cache`. The first forward pass with it (a prompt of any length)
+    fills it, later ones decode. Memory per position and layer: keys and values; per LSH layer also
+    ``4 * R * H * N * W`` bytes of tables.
+
+    Attributes:
+        capacity: positions there is room for.
+        lengths: int64 ``(B,)``, positions of each sequence.
+        layers: the layers' caches.
+    """
+
+    lengths: Tensor
+
+    def __init__(
+        self,
+        config: ReformerConfig,
+        batch: int,
+        capacity: int,
+        *,
+        rotations: Sequence[Tensor],  # of the LSH layers
+        n_buckets: Sequence[int],
+        window: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.filled = False  # by a prompt
+        self.used = 0  # the longest length, known without asking the device
+        sizes = (batch, config.heads, config.head_width)
+        layers: list[nn.Module] = []
+        of_layer = iter(rotations)
+        for kind in config.layers:
+            if kind == "lsh":
+                layers.append(
+                    LSHCache(
+                        *sizes,
+                        capacity,
+                        rotations=next(of_layer),
+                        n_buckets=n_buckets,
+                        window=window,
+                        dtype=dtype,
+                    )
+                )
+            elif kind == "local":
+                layers.append(
+                    LocalCache(*sizes, config.local_chunk_size, 1, dtype=dtype, device=device)
+                )
+            else:
+                layers.append(FullCache(*sizes, capacity, dtype=dtype, device=device))
+        self.layers = nn.ModuleList(layers)
+        self.register_buffer(
+            "lengths", torch.zeros(batch, dtype=torch.int64, device=device), persistent=False
+        )
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.lengths.shape[0]
+
+    def check(self, batch: int, length: int) -> None:
+        """Raises ValueError unless there is room for ``length`` more positions of ``batch``
+        sequences."""
+        if batch != self.batch:
+            raise ValueError(
+                f"DecodingCache: expected {self.batch} sequences, got {batch}; make another cache"
+            )
+        if self.used + length > self.capacity:
+            raise ValueError(
+                f"DecodingCache: expected at most {self.capacity} positions, got {length} more "
+                f"after {self.used}; make a cache with a larger capacity"
+            )
+
+    def extend(self, lengths: Tensor, longest: int) -> None:
+        """Records that sequences have grown by ``lengths (B,)``, none by more than ``longest``."""
+        self.lengths.add_(lengths)
+        if not torch.compiler.is_compiling():  # a number that changes would be compiled in
+            self.used += longest
+            self.filled = True
+
+    def reset(self) -> None:
+        """Forgets everything, so that the next tokens begin new sequences."""
+        self.used = 0
+        self.filled = False
+        self.lengths.zero_()
+        for layer in self.layers:
+            if isinstance(layer, LSHCache):  # the others know by the lengths
+                layer.counts.zero_()
