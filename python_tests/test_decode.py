@@ -16,7 +16,9 @@ from reformer_ext.nn import DecodingCache, ReformerConfig, ReformerLM
 
 ops = torch.ops.reformer
 DEVICES = ["cpu", gpu("cuda")]
-COMPOSITE = torch._C.DispatchKey.CompositeExplicitAutograd  # the kernel of devices without their own
+COMPOSITE = (
+    torch._C.DispatchKey.CompositeExplicitAutograd
+)  # the kernel of devices without their own
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import struct
 import subprocess
@@ -23,7 +24,7 @@ from reformer_ext import train as train_module
 from reformer_ext.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from reformer_ext.cli import main
 from reformer_ext.data import CorpusError, find_files, load_corpus, sample_batch
-from reformer_ext.generate import generate, load_model
+from reformer_ext.generate import Sampling, generate, generate_batch, load_model, sample
 from reformer_ext.nn import ReformerConfig, ReformerLM
 from reformer_ext.optim import Muon, learning_rate_factor, orthogonalize, split_parameters
 from reformer_ext.train import evaluate, yardsticks
@@ -421,25 +422,79 @@ def test_generate(trained: Path) -> None:
     model = load_model(trained / "checkpoint.pt", torch.device("cpu"))
     prompt = b"def f1(x): return x + 1\ndef f2(x)"
 
-    def text(prompt: bytes = prompt, length: int = 20, **options: Any) -> bytes:
+    def text(prompt: bytes = prompt, length: int = 20, seed: int = 0, **sampling: Any) -> bytes:
+        options = {"sampling": Sampling(**sampling), "seed": seed}
         return b"".join(generate(model, prompt, length, **options))
 
     assert len(text()) == 20
     assert text() == text()
     assert text() != text(seed=1)
     greedy = text(temperature=0)
+    context = model.config.max_length
     with torch.no_grad():
-        logits = model(torch.tensor([list(prompt)]))
+        logits = model(torch.tensor([list(prompt)]), cache=model.new_cache(1, context))
     assert greedy[0] == int(logits[0, -1].argmax())
     assert text(top_k=1, seed=7) == text(top_p=1e-6, seed=7) == greedy
     assert len(text(b"", 3)) == 3
-    # No more than the last max_length bytes count.
-    context = model.config.max_length
+    # No more than the last max_length bytes count, and a full context begins anew.
     assert text(b"junk" * 50 + prompt * 4) == text((prompt * 4)[-context:])
+    long = text(length=3 * context)
+    assert len(long) == 3 * context
+    assert long.startswith(text())
     assert text(length=0) == b""
-    for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"length": -1}):
-        with pytest.raises(ValueError, match=f"generate: expected {next(iter(bad))} "):
-            text(**bad)
+
+
+def test_generate_errors(model: ReformerLM) -> None:
+    for name, value in {
+        "temperature": -1.0,
+        "top_p": 0.0,
+        "top_k": -1,
+        "repetition_penalty": 0,
+    }.items():
+        with pytest.raises(ValueError, match=f"generate: expected {name} "):
+            Sampling(**{name: value})
+    with pytest.raises(ValueError, match="generate: expected length >= 0, got -1"):
+        generate(model, b"", -1)
+    with pytest.raises(ValueError, match="generate: expected stop without an empty string"):
+        generate_batch(model, [b""], 1, stop=[b"x", b""])
+
+
+def test_generate_stops(trained: Path) -> None:
+    model = load_model(trained / "checkpoint.pt", torch.device("cpu"))
+    whole = b"".join(generate(model, b"def f1", 60, seed=3))
+    end = whole[20:23]
+    cut = b"".join(generate(model, b"def f1", 60, seed=3, stop=[b"\xff\xff", end]))
+    assert cut == whole[: whole.index(end) + 3]
+
+
+def test_generate_batch_is_one_by_one(trained: Path) -> None:
+    model = load_model(trained / "checkpoint.pt", torch.device("cpu"))
+    prompts = [b"def f1(x): return x + 1\n", b"", b"de" * 100]
+    sampling = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.3)
+    options: dict[str, Any] = {"sampling": sampling, "stop": [b"\n"]}
+    together = generate_batch(model, prompts, 90, seed=5, **options)
+    for i, (prompt, text) in enumerate(zip(prompts, together, strict=True)):
+        assert text == b"".join(generate(model, prompt, 90, seed=5 + i, **options))
+    assert generate_batch(model, [], 5) == []
+
+
+def test_sampling_by_hand() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.9])
+
+    def draws(context: tuple[int, ...] = (), **fields: Any) -> set[int]:
+        generator = torch.Generator().manual_seed(0)
+        sampling = Sampling(**{"temperature": 1.0, **fields})
+        return {sample(logits, sampling, generator, context) for _ in range(200)}
+
+    assert draws() == {0, 1, 2, 3, 4}
+    assert draws(temperature=0) == draws(top_k=1) == draws(top_p=0.3) == {0}
+    assert draws(top_k=3) == {0, 1, 4}
+    assert draws(top_p=0.7) == {0, 4}  # 0.42 + 0.38
+    assert draws(temperature=0.01) == {0}
+    assert draws(temperature=0.1, top_k=2) == {0, 4}
+    # 2 / 2.5 and 1.9 / 2.5 fall below the 1 that the context lacks.
+    assert draws((0, 4, 3, 0), temperature=0, repetition_penalty=2.5) == {1}
+    assert logits.tolist() == pytest.approx([2.0, 1.0, 0.0, -1.0, 1.9])
 
 
 def test_generate_writes_raw_bytes(
@@ -454,6 +509,9 @@ def test_generate_writes_raw_bytes(
     assert len(printed) == 14
     assert run("generate", *options, "--prompt", "d\u00e9f") == 0
     assert capfdbinary.readouterr().out.startswith("d\u00e9f".encode())
+    assert run("generate", *options, "--prompt=ab", "--prompt=c", "--stop=zz") == 0
+    printed = capfdbinary.readouterr().out
+    assert re.fullmatch(rb"==> 1 <==\nab.{9}\n==> 2 <==\nc.{9}\n", printed, re.DOTALL)
 
 
 def test_muon_orthogonalizes_batches() -> None:

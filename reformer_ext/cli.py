@@ -14,7 +14,7 @@ import torch
 from . import info
 from .checkpoint import CheckpointError
 from .data import CorpusError
-from .generate import generate, load_model
+from .generate import Sampling, generate, generate_batch, load_model
 from .nn import ReformerConfig
 from .train import Recipe, TrainError, default_recipe, train
 
@@ -115,11 +115,16 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         help="continue a prompt with a trained model",
         description="Writes the prompt and its continuation to the standard output, as raw bytes, "
-        "each as soon as it is there.",
+        "each as soon as it is there; several prompts one after the other under headings.",
     )
     write.add_argument("--checkpoint", type=Path, required=True, help="of reformer train")
     prompt = write.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", default="", help="text (default: the beginning of a file)")
+    prompt.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="(default: the beginning of a file); may be repeated: all are continued together",
+    )
     prompt.add_argument("--prompt-file", type=Path, help="file with the prompt, any bytes")
     write.add_argument("--length", type=int, default=500, help="bytes (default: %(default)s)")
     write.add_argument(
@@ -128,6 +133,20 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--top-k", type=int, default=0, help="among the k likeliest (0: all)")
     write.add_argument(
         "--top-p", type=float, default=1.0, help="among the likeliest that make up p (default: 1)"
+    )
+    write.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="on bytes of the context, as in CTRL (default: 1, none)",
+    )
+    write.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end after this; may be repeated",
     )
     write.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     _add_device(write)
@@ -180,21 +199,26 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    prompt = args.prompt_file.read_bytes() if args.prompt_file else os.fsencode(args.prompt)
+    prompts = [os.fsencode(text) for text in args.prompt or [""]]
+    if args.prompt_file:
+        prompts = [args.prompt_file.read_bytes()]
     model = load_model(args.checkpoint, _device(args.device))
-    text = generate(
-        model,
-        prompt,
-        args.length,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
+    options: dict[str, Any] = {
+        "sampling": sampling,
+        "stop": [os.fsencode(text) for text in args.stop],
+        "seed": args.seed,
+    }
     stream = sys.stdout.buffer
-    stream.write(prompt)
+    if len(prompts) > 1:
+        texts = generate_batch(model, prompts, args.length, **options)
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+            stream.write(f"==> {number} <==\n".encode() + prompt + text + b"\n")
+        return 0
+    continuation = generate(model, prompts[0], args.length, **options)
+    stream.write(prompts[0])
     try:
-        for byte in text:
+        for byte in continuation:
             stream.write(byte)
             stream.flush()
         if sys.stdout.isatty():

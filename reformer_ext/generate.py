@@ -1,19 +1,53 @@
-"""Text from a trained byte-level model, one byte at a time."""
+"""Text from a trained byte-level model, one byte at a time, at a constant cost a byte."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checkpoint import CheckpointError, load_checkpoint
-from .nn import ReformerConfig, ReformerLM
+from .nn import DecodingCache, ReformerConfig, ReformerLM
 
-__all__ = ["autocast", "generate", "load_model", "sample"]
+__all__ = ["Sampling", "autocast", "generate", "generate_batch", "load_model", "sample"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a byte is drawn from its probabilities.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most probable byte.
+        top_k: sample among the k most probable; 0: all.
+        top_p: sample among the fewest whose probabilities sum to at least p.
+        repetition_penalty: logits of bytes in the context are divided by it where positive, else
+            multiplied (CTRL, arXiv 1909.05858); 1: none.
+
+    Raises:
+        ValueError: naming the field, what was expected and what came.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _expect("temperature", self.temperature, self.temperature >= 0, ">= 0")
+        _expect("top_k", self.top_k, self.top_k >= 0, ">= 0")
+        _expect("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        _expect("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "> 0")
+
+
+def _expect(name: str, value: object, condition: bool, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"generate: expected {name} {expected}, got {value}")
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -41,70 +75,134 @@ def generate(
     prompt: bytes,
     length: int,
     *,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[bytes] = (),
     seed: int = 0,
 ) -> Iterator[bytes]:
-    """Continues ``prompt`` by ``length`` bytes, yielding them one by one.
+    """Continues ``prompt`` by at most ``length`` bytes, yielding them one by one.
 
-    Every byte takes a forward pass over at most the last ``max_length`` bytes. An empty prompt
-    stands for the beginning of a file. The same seed gives the same bytes.
+    The prompt takes one forward pass, every byte after it one step on a cache, whose cost does not
+    depend on the context. The context is the last ``max_length`` bytes at most: when it is full,
+    the later half of it begins anew. An empty prompt stands for the beginning of a file. The same
+    seed gives the same bytes.
 
     Args:
-        model: with a vocabulary of at least 256, in evaluation mode.
+        model: causal, with a vocabulary of at least 256, in evaluation mode.
         prompt: any bytes.
-        length: how many to generate.
-        temperature: divides the logits; 0 takes the most probable byte.
-        top_k: sample among the k most probable; 0: all.
-        top_p: sample among the fewest whose probabilities sum to at least p.
+        length: how many to generate at most.
+        sampling: how each byte is drawn.
+        stop: generation ends after any of these has been written.
         seed: of the sampling.
 
     Raises:
         ValueError: an argument is out of range.
     """
-    for name, value, valid, expected in (
-        ("length", length, length >= 0, ">= 0"),
-        ("temperature", temperature, temperature >= 0, ">= 0"),
-        ("top_k", top_k, top_k >= 0, ">= 0"),
-        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-    ):
-        if not valid:
-            raise ValueError(f"generate: expected {name} {expected}, got {value}")
-    return _generate(model, prompt, length, temperature, top_k, top_p, seed)
+    _check(length, stop)
+    steps = _continue(model, [prompt], length, sampling, stop, seed)
+    return (bytes([token]) for (token,) in steps if token is not None)
 
 
-def _generate(
+def generate_batch(
     model: ReformerLM,
-    prompt: bytes,
+    prompts: Sequence[bytes],
     length: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    *,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[bytes] = (),
+    seed: int = 0,
+) -> list[bytes]:
+    """The continuations of several prompts, of any lengths, computed together.
+
+    Prompt i is continued as :func:`generate` would with ``seed + i``, up to rounding. Arguments and
+    errors are the same; no prompts give no continuations.
+    """
+    _check(length, stop)
+    texts = [bytearray() for _ in prompts]
+    if prompts:
+        for tokens in _continue(model, prompts, length, sampling, stop, seed):
+            for text, token in zip(texts, tokens, strict=True):
+                if token is not None:
+                    text.append(token)
+    return [bytes(text) for text in texts]
+
+
+def _check(length: int, stop: Sequence[bytes]) -> None:
+    _expect("length", length, length >= 0, ">= 0")
+    _expect("stop", list(stop), all(stop), "without an empty string")
+
+
+def _continue(
+    model: ReformerLM,
+    prompts: Sequence[bytes],
+    length: int,
+    sampling: Sampling,
+    stop: Sequence[bytes],
     seed: int,
-) -> Iterator[bytes]:
+) -> Iterator[list[int | None]]:
+    """The next byte of every prompt, None for those that have stopped, until all have."""
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    context = model.config.max_length
-    tokens = list(prompt[-context:]) or [0]
-    for _ in range(length):
+    capacity = model.config.max_length
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    contexts = [list(prompt[-capacity:]) or [0] for prompt in prompts]
+    written = [bytearray() for _ in prompts]
+    running = [True] * len(prompts)
+    with torch.inference_mode(), autocast(device):
+        cache = model.new_cache(len(prompts), capacity)
+    for step in range(length):
         with torch.inference_mode(), autocast(device):
-            logits = model(torch.tensor([tokens[-context:]], device=device))[0, -1, :256]
-        token = sample(logits.float().cpu(), temperature, top_k, top_p, generator)
-        tokens.append(token)
-        yield bytes([token])
+            if step > 0 and cache.used < capacity:
+                last = torch.tensor([[context[-1]] for context in contexts], device=device)
+                logits = model(last, cache=cache)[:, -1]
+            else:
+                if step > 0:  # full
+                    contexts = [context[-max(capacity // 2, 1) :] for context in contexts]
+                    cache.reset()
+                logits = _logits_after(model, contexts, cache)
+        rows = logits[:, :256].float().cpu()
+        tokens: list[int | None] = []
+        for i, context in enumerate(contexts):
+            # A sequence that has stopped goes on unheard, so that the batch keeps its shape.
+            token = sample(rows[i], sampling, generators[i], context)
+            context.append(token)
+            tokens.append(token if running[i] else None)
+            if running[i]:
+                written[i].append(token)
+                running[i] = not any(written[i].endswith(end) for end in stop)
+        yield tokens
+        if not any(running):
+            return
+
+
+def _logits_after(model: ReformerLM, contexts: list[list[int]], cache: DecodingCache) -> Tensor:
+    """Fills the cache with contexts of any lengths; the logits ``(B, V)`` of what comes next."""
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(context) for context in contexts])
+    longest = int(lengths.max())
+    tokens = torch.tensor([context + [0] * (longest - len(context)) for context in contexts])
+    padding = torch.arange(longest) >= lengths[:, None]
+    mask = padding.to(device) if padding.any() else None
+    hidden = model.reformer(tokens.to(device), key_padding_mask=mask, cache=cache)
+    last = hidden[torch.arange(len(contexts), device=device), (lengths - 1).to(device)]
+    return F.linear(last, model.output_weight)
 
 
 def sample(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+    logits: Tensor, sampling: Sampling, generator: torch.Generator, context: Sequence[int] = ()
 ) -> int:
-    """Draws an index from ``logits (V,)`` on the CPU; arguments as in :func:`generate`."""
-    if temperature == 0:
+    """Draws an index from ``logits (V,)`` on the CPU, after a context of indices."""
+    penalty = sampling.repetition_penalty
+    if penalty != 1.0 and context:
+        seen = torch.tensor(sorted(set(context)))
+        old = logits[seen]
+        logits = logits.clone()
+        logits[seen] = torch.where(old > 0, old / penalty, old * penalty)
+    if sampling.temperature == 0:
         return int(logits.argmax())
     values, indices = logits.sort(descending=True, stable=True)
-    probabilities = torch.softmax(values / temperature, dim=0)
-    if top_k:
-        probabilities[top_k:] = 0
+    probabilities = torch.softmax(values / sampling.temperature, dim=0)
+    if sampling.top_k:
+        probabilities[sampling.top_k :] = 0
     # Those before which less than p has been summed, so at least one.
-    probabilities[probabilities.cumsum(0) - probabilities >= top_p * probabilities.sum()] = 0
+    threshold = sampling.top_p * probabilities.sum()
+    probabilities[probabilities.cumsum(0) - probabilities >= threshold] = 0
     return int(indices[torch.multinomial(probabilities, 1, generator=generator)])

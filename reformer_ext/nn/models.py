@@ -343,8 +343,8 @@ class Reformer(nn.Module):
             n_hashes: hash rounds; default ``config.n_hashes``.
             n_buckets: even factors; default the config's, else
                 :func:`reformer_ext.default_n_buckets` of the capacity.
-            window: positions that a bucket remembers; default ``2 * config.chunk_size``, about
-                what a query meets in a forward pass.
+            window: positions that a bucket remembers; default ``config.chunk_size``, twice the mean
+                bucket of a full cache.
             dtype: of keys and values; default autocast's where that is on, else the parameters'.
 
         Raises:
@@ -353,7 +353,7 @@ class Reformer(nn.Module):
         config = self.config
         if not config.causal:
             raise ValueError("Reformer.new_cache: expected a causal model, got causal=False")
-        window = 2 * config.chunk_size if window is None else window
+        window = config.chunk_size if window is None else window
         for name, value in (("batch", batch), ("capacity", capacity), ("window", window)):
             if value < 1:
                 raise ValueError(f"Reformer.new_cache: expected {name} >= 1, got {value}")
