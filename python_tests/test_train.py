@@ -445,12 +445,8 @@ def test_generate(trained: Path) -> None:
 
 
 def test_generate_errors(model: ReformerLM) -> None:
-    for name, value in {
-        "temperature": -1.0,
-        "top_p": 0.0,
-        "top_k": -1,
-        "repetition_penalty": 0,
-    }.items():
+    bad = {"temperature": -1.0, "top_p": 0.0, "top_k": -1, "repetition_penalty": 0.0}
+    for name, value in bad.items():
         with pytest.raises(ValueError, match=f"generate: expected {name} "):
             Sampling(**{name: value})
     with pytest.raises(ValueError, match="generate: expected length >= 0, got -1"):

@@ -36,8 +36,8 @@ std::string error_of(Call call) {
 }
 
 void test_registered_by_name() {
-  for (const char* op :
-       {"lsh_hash", "bucket_sort", "chunked_attention", "lsh_attention", "merge_attention"}) {
+  for (const char* op : {"lsh_hash", "bucket_sort", "chunked_attention", "lsh_attention",
+                         "lsh_cache_append", "lsh_decode", "merge_attention"}) {
     const std::string name = std::string("reformer::") + op;
     EXPECT(c10::Dispatcher::singleton().findSchema({name, ""}).has_value());
   }
@@ -102,6 +102,31 @@ void test_lsh_attention_is_its_steps() {
   EXPECT(close(std::get<0>(reformer::lsh_attention(qk, v, rotations, n_buckets, options)), out));
 }
 
+// With one bucket that forgets nothing, decoding is exact attention to everything before.
+void test_decoding_step_by_step() {
+  const int64_t n = 20;
+  const auto q = randn({1, 2, n, 8}), k = randn({1, 2, n, 8}), v = randn({1, 2, n, 8});
+  const auto keys = at::zeros_like(k), values = at::zeros_like(v);
+  const auto table = at::zeros({1, 2, 1, 1, n}, at::kInt), counts = table.select(4, 0).clone();
+  const auto bucket = at::zeros({1, 2, 1, 1}, at::kInt);
+  for (int64_t t = 0; t < n; ++t) {
+    const auto now = [&](const at::Tensor& x) { return x.narrow(2, t, 1); };
+    const auto [out, lse] =
+        reformer::lsh_decode(now(q), keys, values, table, counts, bucket, now(v));
+    if (t == 0) {
+      EXPECT(at::equal(out, now(v)));
+      EXPECT((lse == -1e5).all().item<bool>());
+    } else {
+      const auto expected =
+          at::scaled_dot_product_attention(now(q), k.narrow(2, 0, t), v.narrow(2, 0, t));
+      EXPECT(close(out, expected));
+    }
+    reformer::lsh_cache_append(keys, values, table, counts, now(k), now(v), bucket,
+                               at::full({1}, t, at::kLong));
+  }
+  EXPECT(at::equal(keys, k));
+}
+
 void test_merge() {
   const auto q = randn({1, 2, 30, 8}), k = randn({1, 2, 30, 8}), v = randn({1, 2, 30, 8});
   reformer::AttentionOptions options;
@@ -136,6 +161,7 @@ int main() {
   test_hash_and_sort();
   test_attention_against_aten();
   test_lsh_attention_is_its_steps();
+  test_decoding_step_by_step();
   test_merge();
   test_errors();
   std::printf("%d checks failed\n", failures);
