@@ -1,7 +1,8 @@
 """One of two processes of a data-parallel step, as a script: ``data_parallel.py JOB RANK FOLDER``.
 
 ``probe`` only adds two numbers over the process group: it tells a machine where gloo does not work
-from a defect of ours. ``gradients`` leaves the rank's gradients in the folder.
+from a defect of ours. The other jobs leave the rank's gradients in the folder: ``replicated`` under
+DistributedDataParallel, two micro-batches accumulated; ``sharded`` under FSDP2.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 
 from reformer_ext.nn import ReformerConfig, ReformerLM
 
@@ -25,13 +27,27 @@ def case() -> tuple[ReformerLM, Tensor]:
     return ReformerLM(config).double(), torch.arange(2 * 30).view(2, 30) % 256
 
 
-def gradients(rank: int) -> list[Tensor | None]:
+def replicated(rank: int) -> list[Tensor | None]:
     model, tokens = case()
     wrapped = nn.parallel.DistributedDataParallel(model)
-    for _ in range(2):
+    for _ in range(2):  # the second step finds the reducer as the first left it
         wrapped.zero_grad()
+        with wrapped.no_sync():
+            wrapped(tokens[rank : rank + 1, :13]).square().mean().backward()
         wrapped(tokens[rank : rank + 1]).square().mean().backward()
     return [p.grad for p in model.parameters()]
+
+
+def sharded(rank: int) -> list[Tensor]:
+    model, tokens = case()
+    # Around the stack, which recomputes its blocks in one backward: they are gathered together.
+    fully_shard(model.reformer.layers)
+    fully_shard(model)
+    for _ in range(2):
+        model.zero_grad()
+        model(tokens[rank : rank + 1, :13]).square().mean().backward()
+        model(tokens[rank : rank + 1]).square().mean().backward()
+    return [p.grad.full_tensor() for p in model.parameters()]
 
 
 def main(job: str, rank: int, folder: Path) -> None:
@@ -49,10 +65,12 @@ def main(job: str, rank: int, folder: Path) -> None:
         distributed.all_reduce(total)
         assert total.item() == 2
     else:
-        torch.save(gradients(rank), folder / f"{job}-{rank}.pt")
+        torch.save(JOBS[job](rank), folder / f"{job}-{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 
+
+JOBS = {"replicated": replicated, "sharded": sharded}
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from reformer_ext import ops
-from reformer_ext.nn import Reformer, ReformerConfig, ReversibleStack
+from reformer_ext.nn import Reformer, ReformerConfig, ReformerLM, ReversibleStack
 
 DIM = 16
 
@@ -230,6 +230,31 @@ def test_autocast(inside: bool) -> None:
         found.append((y1.detach(), {name: p.grad for name, p in stack.named_parameters()}))
     assert kinds == {torch.bfloat16}
     assert_same(*found, 2e-2)
+
+
+def test_24_layers() -> None:
+    """Float32 gradients as of plain autograd; bfloat16 autocast as near to float64 as that."""
+    tokens = torch.randint(256, (2, 130))
+    fields = {"dim": 64, "heads": 4, "layers": ("local", "lsh") * 12, "chunk_size": 16}
+
+    def loss_gradients(reversible: bool, dtype: torch.dtype, autocast: bool) -> Tensor:
+        torch.manual_seed(7)
+        config = ReformerConfig(**fields, n_hashes=2, local_chunk_size=16, reversible=reversible)
+        model = ReformerLM(config).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        return torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+    def error(got: Tensor, expected: Tensor) -> float:
+        return float((got - expected).norm() / expected.norm())
+
+    exact = loss_gradients(False, torch.float64, False)
+    reversible, plain = (loss_gradients(r, torch.float32, False) for r in (True, False))
+    assert error(reversible, plain) < 1e-5
+    assert error(reversible, exact) < 1e-5
+    reversible, plain = (loss_gradients(r, torch.float32, True) for r in (True, False))
+    assert error(reversible, exact) < 1.05 * error(plain, exact) < 0.5
 
 
 def test_memory_does_not_grow_with_depth() -> None:
@@ -490,19 +515,21 @@ def _two_ranks(job: str, folder: Path) -> str:
     return complaints
 
 
-def test_distributed_data_parallel(tmp_path: Path) -> None:
-    """Two processes: the mean gradient of the batch, tied embeddings included."""
+@pytest.mark.parametrize("job", ["replicated", "sharded"])
+def test_two_processes(job: str, tmp_path: Path) -> None:
+    """DDP and FSDP2: the mean gradient of the batch, accumulated, tied embeddings included."""
     if _two_ranks("probe", tmp_path):
         pytest.skip("torch's gloo cannot connect two processes of this machine")
-    complaints = _two_ranks("gradients", tmp_path)
+    complaints = _two_ranks(job, tmp_path)
     assert not complaints, complaints
     model, tokens = data_parallel.case()
     for _ in range(2):
         model.zero_grad()
+        model(tokens[:, :13]).square().mean().backward()
         model(tokens).square().mean().backward()
     expected = [p.grad for p in model.parameters()]
     for rank in range(2):
-        got = torch.load(tmp_path / f"gradients-{rank}.pt", weights_only=True)
+        got = torch.load(tmp_path / f"{job}-{rank}.pt", weights_only=True)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
