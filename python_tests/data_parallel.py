@@ -12,6 +12,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
@@ -70,7 +71,15 @@ def main(job: str, rank: int, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
-JOBS = {"replicated": replicated, "sharded": sharded}
+def sharded_blocks(rank: int) -> list[Tensor]:
+    model, tokens = case()
+    fully_shard(model.reformer.layers.blocks[0].f)
+    with pytest.raises(RuntimeError, match="fully_shard to the stack, not to its blocks"):
+        model(tokens)
+    return []
+
+
+JOBS = {"replicated": replicated, "sharded": sharded, "sharded_blocks": sharded_blocks}
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

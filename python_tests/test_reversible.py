@@ -515,6 +515,14 @@ def _two_ranks(job: str, folder: Path) -> str:
     return complaints
 
 
+def test_sharding_single_blocks_is_refused(tmp_path: Path) -> None:
+    """Its parameters would silently get no gradient."""
+    if _two_ranks("probe", tmp_path):
+        pytest.skip("torch's gloo cannot connect two processes of this machine")
+    complaints = _two_ranks("sharded_blocks", tmp_path)
+    assert not complaints, complaints
+
+
 @pytest.mark.parametrize("job", ["replicated", "sharded"])
 def test_two_processes(job: str, tmp_path: Path) -> None:
     """DDP and FSDP2: the mean gradient of the batch, accumulated, tied embeddings included."""

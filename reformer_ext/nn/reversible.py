@@ -35,7 +35,8 @@ class ReversibleStack(nn.Module):
     recomputed by subtraction is then as good as what was stored. Parameters get their gradients
     whether or not the input needs one. The recomputation runs in the forward's autocast state,
     with the forward's random numbers, and leaves the global generators alone; nothing is kept on
-    the modules, so several forwards may precede a backward.
+    the modules, so several forwards may precede a backward. FSDP2 may shard the stack or what is
+    around it, but not its blocks one by one.
 
     F or G may
 
@@ -83,7 +84,8 @@ class ReversibleStack(nn.Module):
 
         Raises:
             ValueError: f_kwargs has not one entry per block, or a tensor in it requires grad.
-            RuntimeError: in backward, if a module's ``training`` flag is not what it was.
+            RuntimeError: a block is sharded on its own; in backward, if a module's ``training``
+                flag is not what it was.
         """
         x2 = x1 if x2 is None else x2
         if f_kwargs is None:
@@ -160,6 +162,11 @@ class _Run:
         self.device = device
         self.preserve_rng_state = preserve_rng_state
         self.parameters = list(dict.fromkeys(p for call in calls for p in call.parameters()))
+        if any(_is_sharded(p) for p in self.parameters):  # would get no gradient
+            raise RuntimeError(
+                "ReversibleStack: expected whole parameters, got sharded ones; apply fully_shard "
+                "to the stack, not to its blocks"
+            )
         self.training = [module.training for module in stack.modules()]
         self.autocast_state = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
@@ -280,6 +287,14 @@ class _Reversible(torch.autograd.Function):
 
 def _pairs(calls: Sequence[_Call]) -> list[tuple[_Call, _Call]]:
     return list(zip(calls[0::2], calls[1::2], strict=True))
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor  # half a second that few need
+
+    return isinstance(parameter, DTensor)
 
 
 def _join(parts: list[Tensor]) -> Tensor:
