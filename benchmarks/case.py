@@ -50,6 +50,10 @@ class Case:
         return self.variant == "local"
 
     @property
+    def rounds(self) -> int:
+        return 1 if self.local else self.n_hashes
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
@@ -71,7 +75,7 @@ class Case:
         rows = self.batch * self.heads * self.length
         vectors = rows * self.head_dim * self.torch_dtype.itemsize
         index = 0 if self.local else 4 * rows * self.n_hashes
-        pairs = 2 * rows * self.n_hashes * self.chunk_size
+        pairs = 2 * rows * self.rounds * self.chunk_size
         if self.local:  # the first chunk has none before it
             pairs -= self.batch * self.heads * self.chunk_size**2
         inputs = 3 if self.local else 2

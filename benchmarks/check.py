@@ -124,7 +124,7 @@ def sampled_attention(
     ``inputs``: ``(S, L, D)`` each.
     """
     case, device = work.case, queries.device
-    chunk, length, rounds = case.chunk_size, case.length, case.n_hashes
+    chunk, length, rounds = case.chunk_size, case.length, case.rounds
     if work.order is None:
         order = torch.arange(length, device=device).expand(len(inputs[0]), 1, length)
     else:
@@ -177,7 +177,7 @@ def sampled_attention(
         met = torch.where(valid, keys, -1)
         in_order = met.sort(dim=-1).values
         count = torch.searchsorted(in_order, met, right=True) - torch.searchsorted(in_order, met)
-        logits = logits - count.log()
+        logits = logits - count.to(logits.dtype).log()
     has_key = valid.any(dim=-1)
     logits = logits.masked_fill(~valid & has_key[..., None], -math.inf)
     lse = logits.logsumexp(dim=-1)
