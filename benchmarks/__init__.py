@@ -1,1 +1,1 @@
-"""Timings against the peers: ``python -m benchmarks.ops``."""
+"""Timings against the peers and the machine's own limits: ``python -m benchmarks.ops``."""
