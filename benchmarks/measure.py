@@ -40,7 +40,7 @@ def output_of(*command: str) -> str | None:
         return None
 
 
-def environment(device: str) -> dict[str, object]:
+def environment(device: str, module: str) -> dict[str, object]:
     """What a reader needs to judge the numbers by."""
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for name in ("torch", "triton", "transformers", "reformer_pytorch"):
@@ -49,7 +49,7 @@ def environment(device: str) -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     result: dict[str, object] = {
-        "command": " ".join(["python", "-m", "benchmarks.ops", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
         "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=40"),
         "versions": versions,
         "machine": platform.platform(),

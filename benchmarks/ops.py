@@ -130,7 +130,7 @@ def main() -> None:
     torch.manual_seed(0)
     result: report.Report = {
         "format": report.FORMAT,
-        **measure.environment(device),
+        **measure.environment(device, "benchmarks.ops"),
         "ceilings": measure.ceilings(device),
         "cases": [],
     }

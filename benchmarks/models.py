@@ -1,0 +1,311 @@
+"""Times whole models: training steps and cached decoding, beside exact attention and transformers.
+
+python -m benchmarks.models train --lengths 65536,262144,1048576 --json train.json
+python -m benchmarks.models decode --lengths 1024,16384,131072,1048576 --json decode.json
+
+train: forward, backward and AdamW on one sequence of random bytes, bf16 autocast on CUDA; tokens/s
+and the peak of allocated memory. "exact" is the same width and depth with plain residual layers,
+torch's SDPA and activation checkpointing. decode: one token for one sequence after so many, on a
+cache filled with random numbers, in a CUDA graph on CUDA. "exact" keeps keys and values in full.
+Before anything is timed, small twins are checked: gradients against plain autograd, cached logits
+against a forward pass. measure.py says how time and memory are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from reformer_ext.generate import autocast
+from reformer_ext.nn import (
+    ChunkedFeedForward,
+    DecodingCache,
+    FullSelfAttention,
+    ReformerConfig,
+    ReformerLM,
+    RotaryPositions,
+    chunked_lm_loss,
+)
+
+from . import measure, report
+from .ops import comma_separated
+
+Step = Callable[[], object]
+
+
+class ExactLM(nn.Module):
+    """A plain Transformer: exact attention, every layer checkpointed."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.rotary = RotaryPositions(config.head_width)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                (
+                    nn.LayerNorm(config.dim),
+                    FullSelfAttention(config.dim, config.heads, causal=True),
+                    nn.LayerNorm(config.dim),
+                    ChunkedFeedForward(config.dim, config.ff_hidden),
+                )
+            )
+            for _ in config.layers
+        )
+        self.norm = nn.LayerNorm(config.dim)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        rotary = self.rotary(tokens.shape[1], tokens.device)
+
+        def layer(
+            x: Tensor, norm1: nn.Module, attention: nn.Module, norm2: nn.Module, ff
+        ) -> Tensor:
+            x = x + attention(norm1(x), rotary=rotary)
+            return x + ff(norm2(x))
+
+        for parts in self.layers:
+            x = checkpoint(layer, x, *parts, use_reentrant=False)
+        return chunked_lm_loss(self.norm(x), self.head.weight, None, targets)
+
+
+def transformers_model(config: ReformerConfig, length: int, decoding: bool) -> nn.Module:
+    """Its Reformer of the same sizes. Raises ImportError where it is not installed."""
+    from transformers import ReformerConfig as TheirConfig
+    from transformers import ReformerModelWithLMHead
+
+    side = 1 << (length - 1).bit_length() // 2
+    return ReformerModelWithLMHead(
+        TheirConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.dim,
+            num_attention_heads=config.heads,
+            attention_head_size=config.head_width,
+            feed_forward_size=config.ff_hidden or 4 * config.dim,
+            attn_layers=list(config.layers),
+            num_hashes=config.n_hashes,
+            lsh_attn_chunk_length=config.chunk_size,
+            local_attn_chunk_length=config.local_chunk_size,
+            axial_pos_shape=(side, -(-length // side)),
+            axial_pos_embds_dim=(config.dim // 2, config.dim - config.dim // 2),
+            max_position_embeddings=side * -(-length // side),
+            is_decoder=True,
+            use_cache=decoding,
+            hidden_dropout_prob=0.0,
+            local_attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def training_steps(
+    config: ReformerConfig, length: int, device: torch.device
+) -> Iterator[tuple[str, Callable[[], Step]]]:
+    """Name and maker of a step by model; a maker raises if the model cannot run."""
+    tokens = torch.randint(config.vocab_size, (1, length + 1), device=device)
+
+    def step_of(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> Step:
+        model.to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def step() -> None:
+            with autocast(device):
+                loss = loss_of(model)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def ours(model: nn.Module) -> Tensor:
+        return model.loss(tokens[:, :-1], tokens[:, 1:])
+
+    def theirs(model: nn.Module) -> Tensor:
+        return model(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss
+
+    yield "reformer_ext", lambda: step_of(ReformerLM(config), ours)
+    yield "exact (checkpointed)", lambda: step_of(ExactLM(config), ours)
+    yield "transformers", lambda: step_of(transformers_model(config, length, False), theirs)
+
+
+def decoding_steps(
+    config: ReformerConfig, length: int, device: torch.device
+) -> Iterator[tuple[str, Callable[[], Step]]]:
+    """As :func:`training_steps`, for a token after ``length`` of them."""
+    token = torch.randint(config.vocab_size, (1, 1), device=device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def cached(layers: tuple[str, ...]) -> Step:
+        model = ReformerLM(dataclasses.replace(config, layers=layers)).to(device, dtype).eval()
+        cache = model.new_cache(1, length + 1000)
+        pretend(cache, length)
+
+        def step() -> Tensor:
+            with torch.no_grad():
+                return model(token, cache=cache)
+
+        return graphed(step, cache) if device.type == "cuda" else rewinding(step, cache)
+
+    def theirs() -> Step:
+        model = transformers_model(config, length + 1, True).to(device, dtype).eval()
+        with torch.no_grad():
+            prompt = torch.randint(config.vocab_size, (1, length), device=device)
+            past = model(prompt, use_cache=True).past_buckets_states
+
+        def step() -> None:
+            with torch.no_grad():
+                model(token, use_cache=True, past_buckets_states=past)
+
+        return step
+
+    yield "reformer_ext", lambda: cached(config.layers)
+    yield "exact (cached)", lambda: cached(("full",) * len(config.layers))
+    yield "transformers", theirs
+
+
+def pretend(cache: DecodingCache, length: int) -> None:
+    """As if ``length`` random tokens had been read: what a step costs does not depend on which."""
+    for name, buffer in cache.named_buffers():
+        if name.endswith(("keys", "values")):
+            buffer.normal_()
+        elif name.endswith("table"):
+            buffer.random_(0, length)
+        elif name.endswith(("counts", "lengths")):
+            buffer.fill_(length)
+    cache.used, cache.filled = length, True
+
+
+def rewinding(step: Step, cache: DecodingCache) -> Step:
+    """The same step over and over at one place."""
+    length = cache.used
+
+    def again() -> None:
+        step()
+        cache.lengths.fill_(length)
+        cache.used = length
+
+    return again
+
+
+def graphed(step: Step, cache: DecodingCache) -> Step:
+    """Its replay: positions go on, up to the capacity, as in generation."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def check(device: torch.device) -> dict[str, float]:
+    """Errors of small twins, relative to the largest value; exits if one is large."""
+    fields = {"dim": 64, "heads": 2, "layers": ("local", "lsh"), "local_chunk_size": 16}
+    tokens = torch.randint(256, (1, 200), device=device)
+    gradients = []
+    for reversible in (True, False):
+        torch.manual_seed(0)
+        model = ReformerLM(ReformerConfig(**fields, reversible=reversible)).to(device)
+        model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    # In one chunk and within buckets a forward pass sees what decoding does.
+    config = ReformerConfig(**fields, chunk_size=256, same_bucket=True, n_buckets=4)
+    model = ReformerLM(config).to(device).eval()
+    with torch.no_grad():
+        expected = model(tokens)
+        cache = model.new_cache(1, 200)
+        got = torch.cat([model(part, cache=cache) for part in tokens.split(100, 1)], 1)
+    errors = {
+        "training gradient": _error(gradients[0], gradients[1]),
+        "cached logits": _error(got, expected),
+    }
+    if not all(error < 1e-3 for error in errors.values()):
+        raise SystemExit(f"benchmarks.models: wrong results, not timed: {errors}")
+    return errors
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.models",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("job", choices=["train", "decode"])
+    parser.add_argument("--lengths", type=comma_separated(int), default="16384,65536")
+    sizes = {"dim": 1024, "heads": 16, "pairs": 6, "n-hashes": 8, "ff-chunk-size": 16384}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=best)
+    parser.add_argument("--models", type=comma_separated(str), help="names; default: all")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    return parser
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    device = torch.device(args.device)
+    config = ReformerConfig(
+        dim=args.dim,
+        heads=args.heads,
+        layers=("local", "lsh") * args.pairs,
+        n_hashes=args.n_hashes,
+        ff_chunk_size=args.ff_chunk_size,
+    )
+    results: dict[str, object] = {
+        **measure.environment(args.device, "benchmarks.models"),
+        "job": args.job,
+        "config": dataclasses.asdict(config),
+        "errors": check(device),
+        "lengths": {},
+    }
+    steps = training_steps if args.job == "train" else decoding_steps
+    for length in args.lengths:
+        print(f"{args.job}, {length:,} tokens")
+        rows = results["lengths"][length] = {}  # type: ignore[index]
+        for name, make in steps(config, length, device):
+            if args.models and name not in args.models:
+                continue
+            rows[name] = row = timed(make, length, args)
+            if "skipped" in row:
+                print(f"  {name:32} skipped: {row['skipped']}")
+            elif args.job == "train":
+                print(f"  {name:32}{row['tokens_per_s']:12,.0f} tokens/s{row['gib']:9.2f} GiB")
+            else:
+                print(f"  {name:32}{row['ms']:12.3f} ms a token{row['gib']:9.2f} GiB")
+        if args.json:
+            report.write(results, args.json)
+
+
+def timed(make: Callable[[], Step], length: int, args: argparse.Namespace) -> dict[str, object]:
+    """Milliseconds and tokens/s of a step, and GiB at its peak, parameters included."""
+    try:
+        step = make()
+        row: dict[str, object] = dict(measure.timed([step], args.device))
+    except (ImportError, RuntimeError, ValueError) as error:  # absent, too large, out of memory
+        return {"skipped": str(error).strip().splitlines()[0]}
+    finally:
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    row["tokens_per_s"] = 1e3 * length / row["ms"]  # type: ignore[operator]
+    if args.device == "cuda":
+        row["gib"] = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        row["gib"] = measure.resident("VmHWM") / 2**10
+    return row
+
+
+if __name__ == "__main__":
+    main()
