@@ -43,6 +43,7 @@ from .reference import NORM_EPS
 __all__ = [
     "BucketOccupancy",
     "CapturedMass",
+    "LSHLayerReport",
     "LayerReport",
     "RoundCollisions",
     "bucket_occupancy",
@@ -176,16 +177,21 @@ class LayerReport:
     Attributes:
         index: of the layer, from 0.
         kind: "lsh", "local" or "full".
-        occupancy: of LSH layers, else None.
-        mass: of LSH and local layers (for these what their window holds, R = 1), else None.
-        collisions: of LSH layers, else None.
+        mass: of LSH layers; of local layers what their window holds, R = 1; None of full layers.
     """
 
     index: int
     kind: str
-    occupancy: BucketOccupancy | None = None
-    mass: CapturedMass | None = None
-    collisions: RoundCollisions | None = None
+    mass: CapturedMass | None
+
+
+@dataclass(frozen=True, eq=False)
+class LSHLayerReport(LayerReport):
+    """What there is to say about an LSH layer."""
+
+    mass: CapturedMass
+    occupancy: BucketOccupancy
+    collisions: RoundCollisions
 
 
 def spaced_queries(
@@ -405,7 +411,7 @@ def inspect_model(
         top_k: as in :func:`captured_mass`.
 
     Returns:
-        A report for each layer, in order.
+        A report for each layer, in order; of LSH layers a :class:`LSHLayerReport`.
 
     Raises:
         ValueError: wrong arguments; says which.
@@ -429,7 +435,7 @@ def inspect_model(
         elif isinstance(module, LocalSelfAttention):
             reports.append(_inspect_local(index, module, args[0], kwargs, options))
         else:
-            reports.append(LayerReport(index, "full"))
+            reports.append(LayerReport(index, "full", None))
 
     kinds = (LSHSelfAttention, LocalSelfAttention, FullSelfAttention)
     hooks = [
@@ -457,7 +463,7 @@ def _inspect_lsh(
     kwargs: dict[str, Any],
     buckets: Tensor,
     options: dict[str, Any],
-) -> LayerReport:
+) -> LSHLayerReport:
     qk, _ = module._project_in(x)
     if kwargs.get("rotary") is not None:
         qk = apply_rotary(qk, kwargs["rotary"])
@@ -472,11 +478,11 @@ def _inspect_lsh(
         "key_padding_mask": kwargs.get("key_padding_mask"),
         "buckets": buckets if module.same_bucket else None,
     }
-    return LayerReport(
+    return LSHLayerReport(
         index,
         "lsh",
+        captured_mass(qk, order, scale=module.scale, **window, **options),
         occupancy=bucket_occupancy(buckets, n_buckets, chunk_size=module.chunk_size),
-        mass=captured_mass(qk, order, scale=module.scale, **window, **options),
         collisions=round_collisions(order, queries=options["queries"], **window),
     )
 
@@ -502,7 +508,7 @@ def _inspect_local(
         key_padding_mask=kwargs.get("key_padding_mask"),
         **options,
     )
-    return LayerReport(index, "local", mass=mass)
+    return LayerReport(index, "local", mass)
 
 
 @dataclass(frozen=True, eq=False)
@@ -609,7 +615,7 @@ class _Windows:
         """The queries in blocks, such that no temporary of a block is large."""
         batch, heads, rounds, length = self.order.shape
         columns = max(length, rounds * len(self._offsets) * self.chunk_size)
-        yield from queries.split(max(1, _BLOCK // max(1, batch * heads * columns)))
+        yield from torch.split(queries, max(1, _BLOCK // max(1, batch * heads * columns)))
 
     def slots(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """The keys in the windows of ``queries (S,)`` and which of them are valid, both
