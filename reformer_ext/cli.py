@@ -16,6 +16,7 @@ from .checkpoint import CheckpointError
 from .data import CorpusError
 from .generate import Sampling, generate, generate_batch, load_model
 from .nn import ReformerConfig
+from .report import inspect_checkpoint
 from .train import Recipe, TrainError, default_recipe, train
 
 __all__ = ["main"]
@@ -28,7 +29,8 @@ def _layers(text: str) -> tuple[str, ...]:
 _EPILOG = """\
 train learns the Python standard library of this machine, or the files and folders named, in a few
 minutes; a killed run goes on with --resume. generate continues a prompt with a trained model.
-info says what is installed and what it can do."""
+inspect shows how much of exact attention its hashing captures. info says what is installed and
+what it can do."""
 
 # Options of train that are fields of ReformerConfig or Recipe: part of the run, so kept on resume.
 _FIELDS: tuple[tuple[str, Any, str], ...] = (
@@ -152,6 +154,48 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(write)
     write.set_defaults(run=_generate)
 
+    look = commands.add_parser(
+        "inspect",
+        help="show what the LSH attention of a trained model sees and misses",
+        description="Compares LSH attention with exact attention on a few sequences: the share of "
+        "the softmax that each layer and head captures by the number of hash rounds, how full the "
+        "buckets are, how many keys come again in other rounds. Prints a table and writes a "
+        "report.",
+    )
+    look.add_argument("--checkpoint", type=Path, required=True, help="of reformer train")
+    look.add_argument(
+        "--data",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="files and folders to read (default: the bytes held out in training)",
+    )
+    look.add_argument(
+        "--out",
+        type=Path,
+        help="report, a page ending in .html or a picture ending in .png (default: inspect.html "
+        "beside the checkpoint)",
+    )
+    for name, text in (
+        ("--length", "bytes per sequence (default: the model's context)"),
+        ("--sequences", "how many (default: as many as make 8,192 bytes, at least 1)"),
+        ("--n-hashes", "hash rounds (default: the model's)"),
+    ):
+        look.add_argument(name, type=int, metavar="N", help=text)
+    look.add_argument(
+        "--queries", type=int, default=256, metavar="N", help="per sequence (default: %(default)s)"
+    )
+    look.add_argument(
+        "--top-k",
+        type=int,
+        default=16,
+        metavar="N",
+        help="likeliest keys of a query to look for (default: %(default)s)",
+    )
+    _add_device(look)
+    look.set_defaults(run=_inspect)
+
     facts = commands.add_parser("info", help="versions, devices and operators")
     facts.set_defaults(run=_info)
     return parser
@@ -225,6 +269,21 @@ def _generate(args: argparse.Namespace) -> int:
             print()
     except BrokenPipeError:  # the reader has seen enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    inspect_checkpoint(
+        args.checkpoint,
+        args.out or args.checkpoint.with_name("inspect.html"),
+        data=args.data,
+        length=args.length,
+        sequences=args.sequences,
+        n_hashes=args.n_hashes,
+        n_queries=args.queries,
+        top_k=args.top_k,
+        device=_device(args.device),
+    )
     return 0
 
 

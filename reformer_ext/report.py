@@ -1,0 +1,417 @@
+"""``reformer inspect``: the diagnostics of a trained model as a table, a page and a picture."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checkpoint import load_checkpoint
+from .data import SEPARATOR, CorpusError, find_files, load_corpus
+from .diagnostics import (
+    BucketOccupancy,
+    CapturedMass,
+    LayerReport,
+    LSHLayerReport,
+    RoundCollisions,
+    inspect_model,
+)
+from .generate import autocast, load_model
+
+__all__ = ["draw", "html_page", "inspect_checkpoint", "layer_numbers", "text_table"]
+
+_DEFAULT_BYTES = 8192  # looked at, in as many sequences as that takes
+
+
+class _Column(NamedTuple):
+    key: str
+    heading: str
+    digits: int
+    meaning: str
+
+
+_COLUMNS = (
+    _Column(
+        "mass",
+        "mass",
+        3,
+        "share of the exact softmax attention that falls on the keys a query meets in any round",
+    ),
+    _Column(
+        "best",
+        "best",
+        3,
+        "the same for as many of the likeliest keys: no choice of them holds more",
+    ),
+    _Column(
+        "uniform",
+        "random",
+        3,
+        "the same for as many keys at random, on average: the share of the keys that are met",
+    ),
+    _Column("recall", "top keys", 3, "share of a query's likeliest keys that it meets"),
+    _Column("repeated", "repeated", 3, "share of the slots with a key that another slot has, too"),
+    _Column("load", "fullest", 2, "positions in the fullest bucket, in chunks"),
+    _Column("empty", "empty", 3, "share of the buckets without a position"),
+    _Column("entropy", "entropy", 3, "evenness of the buckets: 1 if all are equally full"),
+)
+
+_NOTE = """\
+mass: share of exact attention on the keys that queries meet; best, random: on as many of the
+likeliest keys, on as many at random"""
+
+_READING = """\
+Queries are compared with exact attention over all valid keys, in float64. Where mass is far below
+best, the hash misses keys that matter: more rounds (--n-hashes) or larger chunks find more of them.
+Where best is low too, attention is spread over more keys than a query meets, and no hash of this
+size can hold it. Rounds whose keys are mostly known cost time and bring little. Positions of a
+bucket much fuller than a chunk do not all meet."""
+
+_STYLE = """\
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 2em auto;
+  max-width: 75em; padding: 0 1em; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; } p { max-width: 50em; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2em 0.8em; text-align: right; border-bottom: 1px solid #ddd; }
+th { border-bottom-color: #888; }
+dt { font-weight: 600; float: left; clear: left; } dd { margin-left: 7em; }
+img { max-width: 100%; } .wide { overflow-x: auto; }"""
+
+
+def inspect_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    data: Sequence[Path] = (),
+    length: int | None = None,
+    sequences: int | None = None,
+    n_hashes: int | None = None,
+    n_queries: int = 256,
+    top_k: int = 16,
+    device: torch.device,
+) -> None:
+    """Inspects the model of a checkpoint of ``reformer train``: prints a table, writes a report.
+
+    Args:
+        checkpoint: its file.
+        out: the report: a page ending in .html, which needs no other file, or a picture ending in
+            .png.
+        data: files and folders whose bytes the model reads; none: those held out in training.
+        length: bytes per sequence; default: the model's context.
+        sequences: how many, evenly spaced in the data; default: as many as make 8,192 bytes.
+        n_hashes: hash rounds; default: the model's.
+        n_queries: at most how many queries of each sequence to look at.
+        top_k: how many of a query's likeliest keys to look for.
+        device: where to run.
+
+    Raises:
+        CheckpointError, CorpusError, ValueError, OSError: with a message for the user.
+    """
+    if out.suffix not in (".html", ".png"):
+        raise ValueError(f"inspect: expected --out to end in .html or .png, got {out}")
+    can_draw = importlib.util.find_spec("matplotlib") is not None
+    if out.suffix == ".png" and not can_draw:
+        raise ValueError(
+            f"inspect: {out} needs matplotlib, which is absent (pip install matplotlib); a report "
+            "ending in .html does without"
+        )
+    for option, number in (
+        ("--length", length),
+        ("--sequences", sequences),
+        ("--n-hashes", n_hashes),
+        ("--queries", n_queries),
+        ("--top-k", top_k),
+    ):
+        if number is not None and number < 1:
+            raise ValueError(f"inspect: expected {option} to be at least 1, got {number}")
+    model = load_model(checkpoint, device)
+    config = model.config
+    if "lsh" not in config.layers:
+        raise ValueError(
+            f"inspect: expected a model with lsh layers, got layers {','.join(config.layers)} "
+            f"in {checkpoint}"
+        )
+    length = config.max_length if length is None else length
+    sequences = max(1, _DEFAULT_BYTES // length) if sequences is None else sequences
+    name, text = _read(data, checkpoint)
+    tokens = _windows(text, length, sequences, name)
+    with autocast(device):
+        layers = inspect_model(
+            model, tokens.to(device), n_hashes=n_hashes, n_queries=n_queries, top_k=top_k
+        )
+    rounds = config.n_hashes if n_hashes is None else n_hashes
+    facts = {
+        "checkpoint": str(checkpoint),
+        "model": f"{' '.join(config.layers)}, dim {config.dim}, {config.heads} heads",
+        "lsh layers": f"{rounds} hash rounds, chunks of {config.chunk_size}",
+        "data": f"{name}: {sequences:,} x {length:,} of {len(text):,} bytes",
+        "queries": f"{min(n_queries, length):,} of each sequence; top keys: {top_k}",
+    }
+    for key, value in facts.items():
+        print(f"{key + ':':<12}{value}")
+    print(f"\n{text_table(layers)}\n{_NOTE}\n")
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    if out.suffix == ".png":
+        title = f"{checkpoint}: {facts['lsh layers']}, {sequences:,} x {length:,} bytes"
+        temporary.write_bytes(draw(_lsh_layers(layers), title))
+    else:
+        temporary.write_text(html_page(layers, facts, pictures=can_draw), encoding="utf-8")
+    temporary.replace(out)
+    absent = "" if can_draw else " without pictures: matplotlib is absent (pip install matplotlib)"
+    print(f"report: {out}{absent}")
+
+
+def layer_numbers(layer: LayerReport) -> dict[str, Tensor]:
+    """What the tables show of a layer, ``(H,)`` each: the whole of its rounds.
+
+    Means over sequences, queries and rounds, but of ``load`` the largest. Nothing of full layers.
+    """
+    numbers = {}
+    if layer.mass is not None:
+        for name in ("mass", "best", "uniform", "recall"):
+            numbers[name] = _by_round(getattr(layer.mass, name))[:, -1]
+    if isinstance(layer, LSHLayerReport):
+        numbers["repeated"] = layer.collisions.repeated.nanmean(dim=0)
+        numbers["load"] = layer.occupancy.load.amax(dim=(0, 2))
+        numbers["empty"] = layer.occupancy.empty.mean(dim=(0, 2))
+        numbers["entropy"] = layer.occupancy.entropy.nanmean(dim=(0, 2))
+    return {name: value.cpu() for name, value in numbers.items()}
+
+
+def text_table(layers: Sequence[LayerReport]) -> str:
+    """A line per layer, and the captured mass of LSH layers by the number of rounds."""
+    text = _align(_summary(layers))
+    for layer in _lsh_layers(layers):
+        mass = _by_round(layer.mass.mass).mean(dim=0)
+        shown = "  ".join(f"{r}: {mass[r - 1]:.3f}" for r in _shown_rounds(len(mass)))
+        text.append(f"layer {layer.index}, mass by hash rounds  {shown}")
+    return "\n".join(text)
+
+
+def html_page(
+    layers: Sequence[LayerReport], facts: dict[str, str], *, pictures: bool = True
+) -> str:
+    """The report as a page that refers to nothing outside itself.
+
+    Args:
+        layers: of :func:`reformer_ext.diagnostics.inspect_model`.
+        facts: names and values to show at the top.
+        pictures: draw them; takes matplotlib.
+    """
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>reformer inspect</title><style>\n{_STYLE}\n</style></head><body>",
+        "<h1>What LSH attention sees</h1>",
+        _definitions(facts),
+        f"<p>{escape(_READING)}</p>",
+        _html_table(_summary(layers)),
+        _definitions({column.heading: column.meaning for column in _COLUMNS}),
+    ]
+    if not pictures:
+        parts.append("<p>Without pictures: matplotlib is absent (pip install matplotlib).</p>")
+    for layer in _lsh_layers(layers):
+        parts.append(f"<h2>Layer {layer.index}</h2>")
+        if pictures:
+            encoded = base64.b64encode(draw([layer])).decode()
+            parts.append(
+                f'<img src="data:image/png;base64,{encoded}" alt="Captured mass by hash rounds, '
+                f'bucket sizes, and new keys by round, of layer {layer.index}">'
+            )
+        parts.append(_html_table(_heads(layer)))
+        parts += [f"<p>{escape(sentence)}</p>" for sentence in _sentences(layer)]
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def draw(layers: Sequence[LSHLayerReport], title: str | None = None) -> bytes:
+    """A PNG with a row for each layer: captured mass, bucket sizes, new keys by round.
+
+    With a title, the rows have theirs, too. Raises ImportError without matplotlib.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.4 * len(layers)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title or "")
+    rows = figure.subfigures(len(layers), 1, squeeze=False)[:, 0]
+    for row, layer in zip(rows, layers, strict=True):
+        if title is not None:
+            row.suptitle(f"layer {layer.index}", fontweight="bold")
+        mass, sizes, new = row.subplots(1, 3)
+        _draw_mass(mass, layer.mass)
+        _draw_sizes(sizes, layer.occupancy)
+        _draw_new(new, layer.collisions)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def _draw_mass(axes: Any, mass: CapturedMass) -> None:
+    heads = _by_round(mass.mass)
+    rounds = range(1, heads.shape[1] + 1)
+    for number, head in enumerate(heads):
+        axes.plot(rounds, head, color="C0", alpha=0.3, linewidth=1, label="" if number else "heads")
+    for values, style, label in (
+        (mass.best, {"color": "0.4", "linestyle": "--"}, "likeliest"),
+        (mass.mass, {"color": "C0", "marker": "o", "markersize": 4}, "met"),
+        (mass.uniform, {"color": "0.4", "linestyle": ":"}, "random"),
+    ):
+        axes.plot(rounds, _by_round(values).mean(dim=0), label=label, **style)
+    axes.set(title="attention captured by the keys", xlabel="hash rounds", ylim=(0, 1.02))
+    _finish(axes)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_sizes(axes: Any, occupancy: BucketOccupancy) -> None:
+    counts = occupancy.counts.cpu()
+    sizes = counts.sort(dim=-1, descending=True).values.double().mean(dim=(0, 2))
+    ranks = range(1, sizes.shape[1] + 1)
+    for number, head in enumerate(sizes):
+        axes.plot(ranks, head, color="C0", alpha=0.3, linewidth=1, label="" if number else "heads")
+    axes.plot(ranks, sizes.mean(dim=0), color="C0", label="mean")
+    axes.axhline(occupancy.chunk_size, color="0.4", linestyle="--", label="a chunk")
+    axes.axhline(counts.double().mean(), color="0.4", linestyle=":", label="even buckets")
+    axes.set(title="positions in a bucket", xlabel="buckets, fullest first", yscale="log")
+    axes.set_ylim(bottom=0.5)
+    axes.yaxis.set_major_formatter("{x:g}")
+    _finish(axes)
+
+
+def _draw_new(axes: Any, collisions: RoundCollisions) -> None:
+    new, again = (x.mean(dim=(0, 1)).tolist() for x in (collisions.new, collisions.again))
+    rounds = range(1, len(new) + 1)
+    axes.bar(rounds, new, color="C0", label="new")
+    axes.bar(rounds, again, bottom=new, color="0.85", label="met before")
+    axes.set(title="keys that a query meets", xlabel="hash round")
+    _finish(axes)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _finish(axes: Any) -> None:
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.18),
+        ncols=4,
+        frameon=False,
+        fontsize="small",
+        columnspacing=1.2,
+        handlelength=1.6,
+    )
+
+
+def _read(data: Sequence[Path], checkpoint: Path) -> tuple[str, Tensor]:
+    """A name for the user and the bytes, uint8 ``(n,)``."""
+    if data:
+        text = b"".join(path.read_bytes() + SEPARATOR for path in find_files(data))
+        return ", ".join(map(str, data)), torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    paths = [Path(path) for path in load_checkpoint(checkpoint).get("paths", [])]
+    try:
+        corpus = load_corpus(paths)
+    except CorpusError as error:
+        raise CorpusError(
+            f"{error} (these are the files of the training; --data names others)"
+        ) from error
+    return f"held-out bytes of {corpus.name}", corpus.held_out
+
+
+def _windows(text: Tensor, length: int, count: int, name: str) -> Tensor:
+    """``count`` evenly spaced windows, int64 ``(count, length)``."""
+    if len(text) < length:
+        raise ValueError(
+            f"inspect: expected at least --length = {length:,} bytes, got {len(text):,} "
+            f"({name}); name more files or lower --length"
+        )
+    starts = torch.arange(count) * (len(text) - length) // count
+    return text[starts[:, None] + torch.arange(length)].long()
+
+
+def _lsh_layers(layers: Sequence[LayerReport]) -> list[LSHLayerReport]:
+    return [layer for layer in layers if isinstance(layer, LSHLayerReport)]
+
+
+def _by_round(values: Tensor) -> Tensor:
+    """``(B, H, R, S)`` -> means over sequences and queries with anything to capture, ``(H, R)``."""
+    return values.nanmean(dim=(0, 3)).cpu()
+
+
+def _shown_rounds(rounds: int) -> list[int]:
+    """1, 2, 4 ... and the last."""
+    return sorted({*(2**n for n in range(rounds.bit_length())), rounds})
+
+
+def _summary(layers: Sequence[LayerReport]) -> list[list[str]]:
+    """Rows of the table of all layers, the headings first."""
+    rows = [["layer", "kind", *(column.heading for column in _COLUMNS)]]
+    for layer in layers:
+        numbers = layer_numbers(layer)
+        means = {
+            key: float(value.max() if key == "load" else value.mean())
+            for key, value in numbers.items()
+        }
+        cells = [_cell(means.get(column.key), column.digits) for column in _COLUMNS]
+        rows.append([str(layer.index), layer.kind, *cells])
+    return rows
+
+
+def _heads(layer: LSHLayerReport) -> list[list[str]]:
+    """Rows of the table of an LSH layer's heads, the headings first."""
+    mass = _by_round(layer.mass.mass)
+    shown = _shown_rounds(mass.shape[1])
+    numbers = layer_numbers(layer)
+    rest = [column for column in _COLUMNS if column.key != "mass"]
+    rows = [["head", *(f"mass, R={r}" for r in shown), *(column.heading for column in rest)]]
+    for head in range(len(mass)):
+        by_round = [_cell(float(mass[head, r - 1]), 3) for r in shown]
+        cells = [_cell(float(numbers[column.key][head]), column.digits) for column in rest]
+        rows.append([str(head), *by_round, *cells])
+    return rows
+
+
+def _sentences(layer: LSHLayerReport) -> list[str]:
+    """What the tables leave out of an LSH layer."""
+    low, median, high = layer.occupancy.quantiles().mean(dim=(0, 1, 2)).tolist()
+    counts = layer.occupancy.counts
+    pairs = layer.collisions.multiplicity.sum(dim=(0, 1)).double()
+    shares = (pairs / pairs.sum()).tolist()
+    return [
+        f"{counts.shape[-1]:,} buckets of {float(layer.occupancy.mean.mean()):.1f} positions on "
+        f"average; a tenth of them has at most {low:.1f}, half {median:.1f}, nine tenths "
+        f"{high:.1f}, the fullest {int(counts.max()):,}; a chunk has {layer.occupancy.chunk_size}.",
+        "Pairs of query and key that meet, by how often: "
+        + ", ".join(f"{n}: {share:.1%}" for n, share in enumerate(shares, 1))
+        + " (the last: and more).",
+    ]
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _align(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.rjust, row, widths)) for row in rows]
+
+
+def _html_table(rows: list[list[str]]) -> str:
+    def line(cells: list[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    lines = [line(rows[0], "th"), *(line(row, "td") for row in rows[1:])]
+    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _definitions(terms: dict[str, str]) -> str:
+    entries = (f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in terms.items())
+    return "<dl>" + "\n".join(entries) + "</dl>"
