@@ -299,34 +299,30 @@ def captured_mass(
     keys = F.normalize(q, dim=-1, eps=NORM_EPS) if k is None else k.double()
 
     parts = []
-    for block in windows.blocks(queries):
+    for block in windows.blocks(queries, length):
         allowed = windows.allowed(block).expand(batch, heads, -1, -1)
-        logits = scale * (q[:, :, block] @ keys.mT)
-        ranked, ranking = logits.masked_fill(~allowed, -math.inf).sort(dim=-1, descending=True)
-        weights = ranked.softmax(dim=-1)
-        first = windows.first_round(block).gather(-1, ranking)
         n_valid = allowed.sum(dim=-1, dtype=torch.float64)
-        n_top = n_valid.clamp(max=top_k)
-        mass_of_likeliest = F.pad(weights.cumsum(dim=-1), (1, 0))  # entry n: of n keys
-        rounds = []
-        for r in range(windows.rounds):
-            held = first <= r
-            n_held = held.sum(dim=-1)
-            # The candidates are valid, and the valid keys rank first.
-            rounds.append(
-                torch.stack(
-                    [
-                        (weights * held).sum(dim=-1),
-                        mass_of_likeliest.gather(-1, n_held[..., None]).squeeze(-1),
-                        n_held / n_valid,
-                        held[..., :top_k].sum(dim=-1) / n_top,
-                    ]
-                )
-            )
+        logits = (scale * (q[:, :, block] @ keys.mT)).masked_fill(~allowed, -math.inf)
+        weights = logits.softmax(dim=-1)
+        slot_keys, _, times = windows.slots(block)
+        new = times > 0
+        n_met = new.sum(dim=-1).cumsum(dim=2)
+        likeliest = logits.topk(min(length, max(windows.n_slots, top_k)), dim=-1).indices
+        mass_of_likeliest = F.pad(weights.gather(-1, likeliest).cumsum(dim=-1), (1, 0))
+        top = torch.zeros_like(weights).scatter_(-1, likeliest[..., :top_k], 1.0)
+
+        part = torch.stack(
+            [
+                _sums_over_met(weights, slot_keys, new),
+                mass_of_likeliest.gather(-1, n_met.transpose(2, 3)).transpose(2, 3),
+                n_met / n_valid[:, :, None],
+                _sums_over_met(top, slot_keys, new) / n_valid.clamp(max=top_k)[:, :, None],
+            ]
+        )
         nothing = n_valid == 0
         if key_padding_mask is not None:
             nothing = nothing | key_padding_mask[:, None, block]
-        parts.append(torch.stack(rounds, dim=3).masked_fill(nothing[:, :, None], math.nan))
+        parts.append(part.masked_fill(nothing[:, :, None], math.nan))
     mass, best, uniform, recall = torch.cat(parts, dim=-1).unbind(0)
     return CapturedMass(queries, mass, best, uniform, recall, top_k)
 
@@ -377,15 +373,12 @@ def round_collisions(
     slots, distinct = [], []
     multiplicity = torch.zeros(batch, heads, rounds, dtype=torch.int64, device=order.device)
     for block in windows.blocks(queries):
-        keys, valid = windows.slots(block)
+        _, valid, times = windows.slots(block)
         slots.append(valid.sum(dim=-1).cumsum(dim=2))
-        first = windows.first_round(block)
-        distinct.append(torch.stack([(first <= r).sum(dim=-1) for r in range(rounds)], dim=2))
-        met = torch.zeros_like(first)
-        met.scatter_add_(-1, _by_query(keys), _by_query(valid.long()))
-        met.clamp_(max=rounds)
+        distinct.append((times > 0).sum(dim=-1).cumsum(dim=2))
+        times = times.clamp(max=rounds)
         for n in range(1, rounds + 1):
-            multiplicity[:, :, n - 1] += (met == n).sum(dim=(2, 3))
+            multiplicity[:, :, n - 1] += (times == n).sum(dim=(2, 3, 4))
     return RoundCollisions(queries, torch.cat(slots, -1), torch.cat(distinct, -1), multiplicity)
 
 
@@ -611,15 +604,25 @@ class _Windows:
         offsets = torch.arange(-back, ahead + 1, device=self.order.device)
         return offsets[:line] if self.wrap else offsets
 
-    def blocks(self, queries: Tensor) -> Iterator[Tensor]:
-        """The queries in blocks, such that no temporary of a block is large."""
-        batch, heads, rounds, length = self.order.shape
-        columns = max(length, rounds * len(self._offsets) * self.chunk_size)
-        yield from torch.split(queries, max(1, _BLOCK // max(1, batch * heads * columns)))
+    @property
+    def n_slots(self) -> int:
+        """Slots of a query, valid or not."""
+        return self.rounds * len(self._offsets) * self.chunk_size
 
-    def slots(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys in the windows of ``queries (S,)`` and which of them are valid, both
-        ``(B, H, R, S, slots)``."""
+    def blocks(self, queries: Tensor, columns: int = 1) -> Iterator[Tensor]:
+        """The queries in blocks, such that no temporary of a block is large. ``columns``: elements
+        that a query takes beside its slots."""
+        batch, heads = self.order.shape[:2]
+        per_query = max(1, batch * heads) * max(columns, self.n_slots)
+        yield from torch.split(queries, max(1, _BLOCK // per_query))
+
+    def slots(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots of ``queries (S,)``, all ``(B, H, R, S, slots of a round)``.
+
+        Returns:
+            ``keys``; ``valid``, which slots count; ``times``, how many slots a key has, at the
+            first of them, else 0.
+        """
         rounds, length = self.order.shape[2:]
         chunks = -(-length // self.chunk_size)
         device = self.order.device
@@ -648,16 +651,15 @@ class _Windows:
         if self.buckets is not None:
             digits = self.buckets.gather(-1, keys.flatten(3)).view_as(keys)
             valid = valid & (digits == self.buckets[..., queries, None])
-        return keys, valid
 
-    def first_round(self, queries: Tensor) -> Tensor:
-        """The first round in which a query meets a key, R if none: int64 ``(B, H, S, L)``."""
-        keys, valid = self.slots(queries)
-        batch, heads, rounds, length = self.order.shape
-        number = torch.arange(rounds, device=keys.device).view(rounds, 1, 1)
-        met = torch.where(valid, number, rounds)
-        first = met.new_full((batch, heads, len(queries), length), rounds)
-        return first.scatter_reduce_(-1, _by_query(keys), _by_query(met), "amin")
+        # Equal keys side by side, a key's first slot first; before all, as -1, what does not count.
+        ranked, ranking = torch.where(valid, keys, -1).transpose(2, 3).flatten(3).sort(stable=True)
+        first = ranked.diff(dim=-1, prepend=torch.full_like(ranked[..., :1], -1)) != 0
+        run = first.cumsum(dim=-1)
+        lengths = torch.zeros_like(F.pad(ranked, (0, 1)))
+        lengths.scatter_add_(-1, run, torch.ones_like(run))
+        times = torch.empty_like(run).scatter_(-1, ranking, lengths.gather(-1, run) * first)
+        return keys, valid, times.view(keys.transpose(2, 3).shape).transpose(2, 3)
 
     def allowed(self, queries: Tensor) -> Tensor:
         """What exact attention sees: bool ``(B or 1, 1, S, L)``."""
@@ -674,9 +676,11 @@ class _Windows:
         return allowed
 
 
-def _by_query(slots: Tensor) -> Tensor:
-    """``(B, H, R, S, slots)`` -> ``(B, H, S, R * slots)``."""
-    return slots.transpose(2, 3).flatten(3)
+def _sums_over_met(values: Tensor, keys: Tensor, new: Tensor) -> Tensor:
+    """Sums of ``values (B, H, S, L)`` over the candidates of rounds 1 ... r, ``(B, H, R, S)``;
+    ``new`` is true of one slot of each."""
+    of_slots = values[:, :, None].expand(-1, -1, keys.shape[2], -1, -1).gather(-1, keys)
+    return (of_slots * new).sum(dim=-1).cumsum(dim=2)
 
 
 def _checked_queries(op: str, queries: Tensor | None, length: int, device: torch.device) -> Tensor:
