@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from .attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
 from .feed_forward import ACTIVATIONS, ChunkedFeedForward, chunked_lm_loss, map_positions
 from .positions import AbsolutePositions, AxialPositions, RotaryPositions
+from .pretrained import PretrainedModel
 from .reversible import ReversibleStack
 
 __all__ = ["Reformer", "ReformerConfig", "ReformerLM"]
 
 LAYER_KINDS = ("local", "lsh", "full")
 POSITION_KINDS = ("rotary", "axial", "absolute", "none")
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -356,7 +350,7 @@ class Reformer(nn.Module):
         return result
 
 
-class ReformerLM(nn.Module):
+class ReformerLM(PretrainedModel):
     """Language model: :class:`Reformer` and a projection onto the vocabulary.
 
     >>> model = ReformerLM(ReformerConfig(dim=64, heads=2, layers=("local", "lsh")))
@@ -364,6 +358,8 @@ class ReformerLM(nn.Module):
     >>> loss = model.loss(tokens[:, :-1], tokens[:, 1:])
     >>> loss.backward()
     """
+
+    config_class = ReformerConfig
 
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
@@ -417,64 +413,6 @@ class ReformerLM(nn.Module):
             chunk_size=self.config.loss_chunk_size,
             reduction=reduction,
         )
-
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes ``config.json`` and ``model.safetensors``; each replaces its old version at
-        once."""
-        from safetensors.torch import save_file
-
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"architecture": type(self).__name__, **dataclasses.asdict(self.config)}
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        partial = folder / f"{CONFIG_FILE}.{os.getpid()}.partial"
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        partial_weights = folder / f"{WEIGHTS_FILE}.{os.getpid()}.partial"
-        save_file(weights, partial_weights, metadata={"format": "pt"})
-        os.replace(partial_weights, folder / WEIGHTS_FILE)
-        os.replace(partial, folder / CONFIG_FILE)
-
-    @classmethod
-    def from_pretrained(
-        cls, directory: str | os.PathLike[str], *, device: torch.device | str = "cpu"
-    ) -> Self:
-        """The model that :meth:`save_pretrained` wrote, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: one of the two files is missing.
-            ValueError: a file is truncated or of something else; says which and why.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        config_path, weights_path = Path(directory) / CONFIG_FILE, Path(directory) / WEIGHTS_FILE
-        for path in (config_path, weights_path):
-            if not path.is_file():
-                raise FileNotFoundError(f"{cls.__name__}.from_pretrained: no such file: {path}")
-        try:
-            fields = json.loads(config_path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{config_path}: expected JSON, got {error}") from error
-        architecture = fields.pop("architecture", None) if isinstance(fields, dict) else None
-        if architecture != cls.__name__:
-            raise ValueError(
-                f"{config_path}: expected architecture {cls.__name__}, got {architecture}"
-            )
-        known = {field.name for field in dataclasses.fields(ReformerConfig)}
-        if not set(fields) <= known:
-            raise ValueError(f"{config_path}: unknown fields {sorted(set(fields) - known)}")
-        model = cls(ReformerConfig(**fields))
-        try:
-            weights = load_file(weights_path)
-        except SafetensorError as error:
-            raise ValueError(f"{weights_path}: expected safetensors, got {error}") from error
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{weights_path}: not the weights of {config_path}: {error}"
-            ) from error
-        return model.to(device).eval()
 
 
 def _is_int(value: object, least: int) -> bool:
