@@ -15,6 +15,7 @@ from .ops import (
     merge_attention,
     sample_rotations,
 )
+from .packed import chunked_attention_packed, lsh_attention_packed
 
 __version__ = "0.1.0"
 
@@ -22,8 +23,10 @@ __all__ = [
     "__version__",
     "bucket_sort",
     "chunked_attention",
+    "chunked_attention_packed",
     "default_n_buckets",
     "lsh_attention",
+    "lsh_attention_packed",
     "lsh_hash",
     "merge_attention",
     "sample_rotations",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..packed import map_sequences, sequence_lengths
 from .attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
 from .feed_forward import ACTIVATIONS, ChunkedFeedForward, chunked_lm_loss, map_positions
 from .positions import AbsolutePositions, AxialPositions, RotaryPositions
@@ -290,6 +293,7 @@ class Reformer(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """Hidden states.
 
@@ -297,19 +301,24 @@ class Reformer(nn.Module):
             tokens: int64 ``(B, L)``, or embeddings, floating ``(B, L, dim)``.
             key_padding_mask: bool ``(B, L)``, True = padding.
             n_hashes: hash rounds of this call; default ``config.n_hashes``.
+            cu_seqlens: tokens are packed sequences in a batch of one, each computed as alone; see
+                :mod:`reformer_ext.packed`.
 
         Returns:
             ``(B, L, dim)``.
 
         Raises:
-            ValueError: wrong shape, or more positions than there are.
+            ValueError: wrong shape, wrong cu_seqlens, or more positions than there are.
         """
-        x = self._embed(tokens)
-        f_kwargs = self._layer_kwargs(x, key_padding_mask, n_hashes)
+        lengths = None
+        if cu_seqlens is not None:
+            lengths = sequence_lengths("Reformer", cu_seqlens, tokens.shape[:2], key_padding_mask)
+        x = self._embed(tokens, lengths)
+        f_kwargs = self._layer_kwargs(x, key_padding_mask, n_hashes, lengths)
         y1, y2 = self.layers(x, f_kwargs=f_kwargs)
         return self.norm((y1 + y2) / 2)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, lengths: list[int] | None = None) -> Tensor:
         if tokens.is_floating_point():
             if tokens.dim() != 3 or tokens.shape[-1] != self.config.dim:
                 raise ValueError(
@@ -321,17 +330,33 @@ class Reformer(nn.Module):
             if tokens.dim() != 2:
                 raise ValueError(f"Reformer: expected tokens [B, L], got {list(tokens.shape)}")
             x = self.embedding(tokens)
-        if self.positions is not None:
-            x = x + self.positions(x.shape[1])
+        positions = self.positions
+        if positions is None:
+            return self.dropout(x)
+        if lengths is None:
+            return self.dropout(x + positions(x.shape[1]))
+        (x,) = map_sequences(lambda _, x: (x + positions(x.shape[1]),), lengths, [(x, 1)], (1,))
         return self.dropout(x)
 
     def _layer_kwargs(
-        self, x: Tensor, key_padding_mask: Tensor | None, n_hashes: int | None
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None,
+        n_hashes: int | None,
+        lengths: list[int] | None = None,
     ) -> list[dict[str, Any]]:
         """What each attention layer gets beside x: one draw of a seed for all of them."""
         common: dict[str, Any] = {"key_padding_mask": key_padding_mask}
         if self.rotary is not None:
-            common["rotary"] = self.rotary(x.shape[1], x.device)
+            common["rotary"] = self.rotary(
+                x.shape[1] if lengths is None else max(lengths), x.device
+            )
+        if lengths is not None:
+            common["cu_seqlens"] = list(accumulate(lengths, initial=0))
+            if self.rotary is not None:
+                common["rotary"] = tuple(
+                    torch.cat([table[:length] for length in lengths]) for table in common["rotary"]
+                )
         step: int | Tensor = 0
         seed: Tensor | None = None
         if self.training:
@@ -381,10 +406,13 @@ class ReformerLM(PretrainedModel):
         *,
         key_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """Logits ``(B, L, vocab_size)`` of the next token; arguments as in
         :meth:`Reformer.forward`."""
-        hidden = self.reformer(tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes)
+        hidden = self.reformer(
+            tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes, cu_seqlens=cu_seqlens
+        )
         return F.linear(hidden, self.output_weight)
 
     def loss(
@@ -395,6 +423,7 @@ class ReformerLM(PretrainedModel):
         *,
         key_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy in nats, without ever holding the logits of all positions.
 
@@ -402,9 +431,11 @@ class ReformerLM(PretrainedModel):
             tokens: int64 ``(B, L)``.
             targets: int64 ``(B, L)``, the tokens to predict; -100 does not count.
             reduction: "mean", "sum" or "none", as in :func:`chunked_lm_loss`.
-            key_padding_mask, n_hashes: as in :meth:`Reformer.forward`.
+            key_padding_mask, n_hashes, cu_seqlens: as in :meth:`Reformer.forward`.
         """
-        hidden = self.reformer(tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes)
+        hidden = self.reformer(
+            tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes, cu_seqlens=cu_seqlens
+        )
         return chunked_lm_loss(
             hidden,
             self.output_weight,
