@@ -195,10 +195,10 @@ class ReformerConfig:
 class _AttentionBlock(nn.Module):
     """F of a reversible layer: ``dropout(attention(norm(x)))``."""
 
-    def __init__(self, config: ReformerConfig, index: int) -> None:
+    def __init__(self, config: ReformerConfig, attention: nn.Module) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.attention = _attention(config, index)
+        self.attention = attention
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -262,7 +262,7 @@ class Reformer(nn.Module):
         draws = config.dropout > 0.0 or (config.attention_dropout > 0.0 and "full" in config.layers)
         self.layers = ReversibleStack(
             (
-                (_AttentionBlock(config, index), _FeedForwardBlock(config))
+                (_AttentionBlock(config, _attention(config, index)), _FeedForwardBlock(config))
                 for index in range(len(config.layers))
             ),
             reversible=config.reversible,

@@ -22,7 +22,8 @@ WEIGHTS_FILE = "model.safetensors"
 class PretrainedModel(nn.Module):
     """What all models share: saving and loading.
 
-    A model is made by ``Model(config, **arguments)`` and keeps both as attributes of these names.
+    A model is made by ``Model(config, **arguments)`` and keeps both as attributes of these names;
+    one that is made otherwise defines ``_fields`` and ``_from_fields``.
 
     Attributes:
         config: a ``config_class``.
