@@ -16,7 +16,7 @@ from test_reversible import saved_bytes
 from torch import Tensor, nn
 
 import reformer_ext
-from reformer_ext import reference
+from reformer_ext import ops, reference
 from reformer_ext.nn import (
     FullCrossAttention,
     LSHCrossAttention,
@@ -357,12 +357,15 @@ def batch() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("cross", ["full", "lsh"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_gradients_are_those_of_plain_autograd(dropout: float, cross: str) -> None:
+@pytest.mark.parametrize(("dropout", "attention_dropout"), [(0.0, 0.0), (0.2, 0.2), (0.0, 0.2)])
+def test_gradients_are_those_of_plain_autograd(
+    dropout: float, attention_dropout: float, cross: str
+) -> None:
     data = batch()
     targets = torch.randint(40, (2, 13)).masked_fill(data["key_padding_mask"], -100)
     found = []
-    for model in models(cross, dropout=dropout, attention_dropout=dropout, positions="axial"):
+    fields = {"dropout": dropout, "attention_dropout": attention_dropout, "positions": "axial"}
+    for model in models(cross, layers=("local", "lsh"), **fields):
         torch.manual_seed(5)
         losses = [model.loss(**data, targets=targets) for _ in range(2)]
         assert not torch.equal(*losses)  # each pass hashes anew
@@ -465,10 +468,26 @@ def test_training_in_autocast_learns_to_copy() -> None:
 def test_evaluation_is_deterministic_and_training_hashes_anew() -> None:
     data = batch()
     model = models("lsh", layers=("full",), n_buckets=8)[0]
-    first, second = model(**data), model(**data)
-    assert not torch.equal(first, second)
+    context = model.encode(data["source"]).detach()
+    assert not torch.equal(*(model.decode(data["tokens"], context) for _ in range(2)))
     model.eval()
     assert torch.equal(model(**data), model(**data))
+
+
+def test_each_training_step_hashes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys that are recomputed differ by rounding; the forward's buckets stay."""
+    calls = 0
+
+    def counted(*args: object) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return lsh_hash(*args)
+
+    lsh_hash = ops.lsh_hash
+    monkeypatch.setattr(ops, "lsh_hash", counted)
+    data = batch()
+    models("lsh", layers=("lsh", "local"))[0].loss(**data, targets=data["tokens"]).backward()
+    assert calls == 1 + 1 + 2  # encoder, decoder, cross-attention
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -495,7 +514,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 def test_inference_compiles_without_graph_breaks() -> None:
     torch._dynamo.reset()
-    model = models(n_buckets=8)[0].eval()
+    model = models("lsh", layers=("full",), n_buckets=8)[0].eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (24, 37):
         source, tokens = torch.randint(30, (2, length)), torch.randint(40, (2, length - 5))

@@ -212,6 +212,17 @@ def test_attention_layers_one_by_one(layer: nn.Module) -> None:
     assert_same_with_gradients(got, expected, {"x": x, **dict(layer.named_parameters())})
 
 
+@pytest.mark.parametrize("kind", [LSHSelfAttention, LocalSelfAttention])
+def test_sequences_of_a_layer_have_dropout_of_their_own(kind: type[nn.Module]) -> None:
+    one = torch.randn(1, 8, 16)
+    x = torch.cat([one[:, :7], one], dim=1)
+    for dropout in (0.0, 0.5):
+        layer = kind(16, 2, chunk_size=16, causal=True, dropout=dropout)
+        for seed in (7, torch.tensor([7]), None):
+            out = layer(x, cu_seqlens=[0, 7, 15], dropout_seed=seed)
+            assert torch.allclose(out[:, :7], out[:, 7:14], atol=1e-6) == (dropout == 0.0)
+
+
 def test_lsh_layer_replays_its_buckets() -> None:
     layer = LSHSelfAttention(16, 2, n_hashes=2, chunk_size=4)
     x = torch.randn(1, 85, 16)
