@@ -12,11 +12,13 @@ from .ops import (
     default_n_buckets,
     lsh_attention,
     lsh_cache_append,
+    lsh_cross_attention,
     lsh_decode,
     lsh_hash,
     merge_attention,
     sample_rotations,
 )
+from .packed import chunked_attention_packed, lsh_attention_packed
 
 __version__ = "0.1.0"
 
@@ -24,9 +26,12 @@ __all__ = [
     "__version__",
     "bucket_sort",
     "chunked_attention",
+    "chunked_attention_packed",
     "default_n_buckets",
     "lsh_attention",
+    "lsh_attention_packed",
     "lsh_cache_append",
+    "lsh_cross_attention",
     "lsh_decode",
     "lsh_hash",
     "merge_attention",

@@ -10,6 +10,7 @@ run on the current stream without synchronising, and give the same bits run to r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "default_n_buckets",
     "lsh_attention",
     "lsh_cache_append",
+    "lsh_cross_attention",
     "lsh_decode",
     "lsh_hash",
     "merge_attention",
@@ -303,6 +305,124 @@ def lsh_attention(
     return (out, *([lse] if return_lse else []), *([buckets] if return_buckets else []))
 
 
+def lsh_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    n_hashes: int = 8,
+    chunk_size: int = 64,
+    n_buckets: int | Sequence[int] | None = None,
+    rotations: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    buckets: Tensor | None = None,
+    look_back: int = 1,
+    look_ahead: int = 1,
+    wrap: bool | None = None,
+    scale: float | None = None,
+    query_padding_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    same_bucket: bool = False,
+    correct_duplicates: bool = False,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    return_buckets: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """LSH attention of queries over the keys of another sequence, of any length.
+
+    Both sides are hashed by the same rotations. Each round sorts queries and keys in one list of
+    Lq + Lk rows, by bucket, in a bucket the queries first, and cuts it into chunks; a query attends
+    to the keys in its own chunk, ``look_back`` before and ``look_ahead`` after it. So time and
+    memory are those of :func:`lsh_attention` over Lq + Lk positions. A query that meets no key in
+    any round gets 0. As there, where chunks begin, and so which keys a query meets, depends on the
+    other rows too.
+
+    Args:
+        q: ``(B, H, Lq, D)``.
+        k: ``(B, H, Lk, D)``.
+        v: the same shape as k.
+        n_hashes: rounds R; ignored with ``rotations`` or ``buckets``, which bring their own.
+        chunk_size: rows of the joint list in a chunk.
+        n_buckets: an even number, or a list of even factors; default :func:`default_n_buckets` of
+            Lq + Lk.
+        rotations, generator: as in :func:`lsh_attention`.
+        buckets: int32 ``(B, H, R, Lq + Lk)``, the queries' first, from an earlier call with the
+            same ``n_buckets``: nothing is hashed.
+        look_back, look_ahead, wrap, scale, correct_duplicates, dropout_p, dropout_seed: as in
+            :func:`chunked_attention`.
+        query_padding_mask: bool ``(B, Lq)``, True = padding, whose results nobody reads.
+        key_padding_mask: bool ``(B, Lk)``, True = padding, which nobody attends to. Padding of both
+            is hashed to a bucket of its own.
+        same_bucket: only pairs of the same bucket attend.
+        return_lse: also return the log-sum-exps, ``(B, H, Lq)``.
+        return_buckets: also return the buckets.
+
+    Returns:
+        ``out (B, H, Lq, D)``, or a tuple of it and what else was asked for, in the order above.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    if q.dim() != 4:
+        raise RuntimeError(f"lsh_cross_attention: expected q [B, H, Lq, D], got {list(q.shape)}")
+    batch, heads, length, head_dim = q.shape
+    if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (batch, heads, head_dim):
+        raise RuntimeError(
+            f"lsh_cross_attention: expected k [{batch}, {heads}, Lk, {head_dim}], "
+            f"got {list(k.shape)}"
+        )
+    if v.shape != k.shape:
+        raise RuntimeError(
+            f"lsh_cross_attention: expected v {list(k.shape)}, as k, got {list(v.shape)}"
+        )
+    query_padding = _padding(
+        "lsh_cross_attention: expected query_padding_mask", q, query_padding_mask
+    )
+    key_padding = _padding("lsh_cross_attention: expected key_padding_mask", k, key_padding_mask)
+    # Each row is a query and a key: a query is masked as a key, and a key's result is cut off.
+    joint = torch.cat([q, k], dim=2)
+    values = torch.cat([torch.zeros_like(q), v], dim=2)
+    unseen = torch.cat([torch.ones_like(query_padding), key_padding], dim=1)
+
+    if n_buckets is None:
+        n_buckets = default_n_buckets(joint.shape[2], chunk_size)
+    factors = _factors("lsh_cross_attention", n_buckets)
+    if buckets is None:
+        if rotations is None:
+            rotations = sample_rotations(
+                heads,
+                head_dim,
+                n_hashes,
+                factors,
+                generator=generator,
+                device=q.device,
+                dtype=q.dtype,
+            )
+        padding = torch.cat([query_padding, key_padding], dim=1)
+        buckets = lsh_hash(joint.detach(), rotations, factors, padding)
+    out, lse = chunked_attention(
+        joint,
+        joint,
+        values,
+        bucket_sort(buckets, math.prod(factors) + 1),
+        chunk_size=chunk_size,
+        look_back=look_back,
+        look_ahead=look_ahead,
+        wrap=wrap,
+        scale=scale,
+        key_padding_mask=unseen,
+        buckets=buckets if same_bucket else None,
+        correct_duplicates=correct_duplicates,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
+    out, lse = out[:, :, :length], lse[:, :, :length]
+    if not (return_lse or return_buckets):
+        return out
+    return (out, *([lse] if return_lse else []), *([buckets] if return_buckets else []))
+
+
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Joins attentions of the same queries over disjoint key sets, exactly, by log-sum-exp.
 
@@ -398,6 +518,18 @@ def _factors(op: str, n_buckets: int | Sequence[int]) -> list[int]:
     if not factors or any(factor < 2 or factor % 2 for factor in factors):
         raise RuntimeError(f"{op}: expected n_buckets to be even and >= 2, got {n_buckets}")
     return factors
+
+
+def _padding(expected: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask of ``x (B, H, L, D)``, checked: bool ``(B, L)``, by default False."""
+    shape = (x.shape[0], x.shape[2])
+    if mask is None:
+        return torch.zeros(shape, dtype=torch.bool, device=x.device)
+    if mask.shape != shape or mask.dtype != torch.bool:
+        raise RuntimeError(
+            f"{expected} {list(shape)} of torch.bool, got {list(mask.shape)} of {mask.dtype}"
+        )
+    return mask
 
 
 def _seed_tensor(

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from .attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention, hash_rotations
 from .cache import DecodingCache
+from .cross_attention import FullCrossAttention, LSHCrossAttention
+from .encoder_decoder import ReformerEncoderDecoder
 from .feed_forward import ChunkedFeedForward, chunked_lm_loss
+from .heads import (
+    ReformerForMaskedLM,
+    ReformerForQuestionAnswering,
+    ReformerForSequenceClassification,
+    ReformerForTokenClassification,
+)
 from .models import Reformer, ReformerConfig, ReformerLM
 from .positions import AbsolutePositions, AxialPositions, RotaryPositions, apply_rotary
 from .reversible import ReversibleStack
@@ -14,11 +22,18 @@ __all__ = [
     "AxialPositions",
     "ChunkedFeedForward",
     "DecodingCache",
+    "FullCrossAttention",
     "FullSelfAttention",
+    "LSHCrossAttention",
     "LSHSelfAttention",
     "LocalSelfAttention",
     "Reformer",
     "ReformerConfig",
+    "ReformerEncoderDecoder",
+    "ReformerForMaskedLM",
+    "ReformerForQuestionAnswering",
+    "ReformerForSequenceClassification",
+    "ReformerForTokenClassification",
     "ReformerLM",
     "ReversibleStack",
     "RotaryPositions",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import overload
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..packed import chunked_attention_packed, group_seed, map_sequences, sequence_lengths
 from .cache import FullCache, LocalCache, LSHCache
 from .positions import apply_rotary
 
@@ -64,7 +66,7 @@ def _mix(x: int | Tensor) -> int | Tensor:
     return x ^ (x >> 15)
 
 
-class _SelfAttention(nn.Module):
+class _Attention(nn.Module):
     """Projections into heads and back, and what all kinds have in common."""
 
     def __init__(
@@ -124,7 +126,7 @@ def _prompt_lengths(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     return (~key_padding_mask).sum(1)
 
 
-class LSHSelfAttention(_SelfAttention):
+class LSHSelfAttention(_Attention):
     """LSH self-attention with shared queries and keys (Reformer, section 2).
 
     The hash is a pure function of ``hash_seed`` and the ``hash_step`` of the call; the layer holds
@@ -226,22 +228,26 @@ class LSHSelfAttention(_SelfAttention):
         dropout_seed: int | Tensor | None = None,
         buckets: Tensor | None = None,
         return_buckets: bool = False,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
         cache: LSHCache | None = None,
-        lengths: Tensor | None = None,
+        cache_lengths: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attends within x, or to a cache.
 
         Args:
             x: ``(B, L, dim)``.
             key_padding_mask: bool ``(B, L)``, True = padding.
-            rotary: from :class:`RotaryPositions`.
+            rotary: from :class:`RotaryPositions`; with cu_seqlens, of the positions within each
+                sequence.
             n_hashes: rounds of this call.
             hash_step: changes the hash; an int, or an int64 tensor with one element.
             dropout_seed: as in :func:`reformer_ext.lsh_attention`; default: drawn from the global
                 generator if there is dropout.
             buckets: of an earlier call on x, to attend alike: nothing is hashed.
             return_buckets: return the buckets too.
-            cache: with ``lengths``, int64 ``(B,)``, positions that it holds, x continues those;
+            cu_seqlens: x is packed sequences, ``(1, total, dim)``, each of which attends within
+                itself, as alone; see :mod:`reformer_ext.packed`.
+            cache: with ``cache_lengths``, int64 ``(B,)``, positions that it holds, x continues those;
                 without, x begins the sequences (padded at their ends) and fills the cache, whose
                 hash is then used.
 
@@ -254,30 +260,68 @@ class LSHSelfAttention(_SelfAttention):
         if rotary is not None:
             qk = apply_rotary(qk, rotary)
             hashed = qk if self.rotary_before_hash else hashed
-        if cache is not None and lengths is not None:
+        if cache is not None and cache_lengths is not None:
             continued = cache.attend(
                 qk,
                 hashed,
                 v,
-                lengths,
+                cache_lengths,
                 scale=self.scale,
                 correct_duplicates=self.correct_duplicates,
             )
             return self._project_out(continued)
-        if cache is not None:
-            n_buckets: Sequence[int] = cache.n_buckets
+        longest = x.shape[1]
+        if cu_seqlens is None:
+            out, buckets = self._attend(
+                qk, hashed, v, buckets, key_padding_mask, n_hashes, hash_step, dropout_seed, cache
+            )
         else:
-            n_buckets = self.n_buckets or ops.default_n_buckets(x.shape[1], self.chunk_size)
+            lengths = sequence_lengths(
+                type(self).__name__, cu_seqlens, x.shape[:2], key_padding_mask
+            )
+            longest = max(lengths)
+            inputs = [(qk, 2), (hashed, 2), (v, 2), (buckets, 3)]
+
+            def attend(
+                group: int, qk: Tensor, hashed: Tensor, v: Tensor, buckets: Tensor | None
+            ) -> tuple[Tensor, Tensor]:
+                seed = group_seed(dropout_seed, group)
+                return self._attend(qk, hashed, v, buckets, None, n_hashes, hash_step, seed)
+
+            out, buckets = map_sequences(attend, lengths, inputs, (2, 3))
+        y = self._project_out(out)
+        if not return_buckets:
+            return y
+        # The padding bucket is prod(n_buckets).
+        small = math.prod(self._n_buckets(longest)) <= torch.iinfo(torch.int16).max
+        return y, buckets.to(torch.int16 if small else torch.int32)
+
+    def _n_buckets(self, length: int) -> Sequence[int]:
+        return self.n_buckets or ops.default_n_buckets(length, self.chunk_size)
+
+    def _attend(
+        self,
+        qk: Tensor,
+        hashed: Tensor,
+        v: Tensor,
+        buckets: Tensor | None,
+        key_padding_mask: Tensor | None,
+        n_hashes: int | None,
+        hash_step: int | Tensor,
+        dropout_seed: int | Tensor | None,
+        cache: LSHCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``(B, H, L, D)`` of the heads, and the buckets."""
+        n_buckets = self._n_buckets(qk.shape[2]) if cache is None else cache.n_buckets
         if buckets is None:
-            if cache is not None:
-                rotations = cache.rotations.to(qk.dtype)
-            else:
-                rotations = self.rotations(
-                    n_buckets, n_hashes, hash_step, device=qk.device, dtype=qk.dtype
-                )
+            rotations = (
+                self.rotations(n_buckets, n_hashes, hash_step, device=qk.device, dtype=qk.dtype)
+                if cache is None
+                else cache.rotations.to(qk.dtype)
+            )
             buckets = ops.lsh_hash(hashed.detach(), rotations, n_buckets, key_padding_mask)
         if cache is not None:
-            start = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+            start = torch.zeros(qk.shape[0], dtype=torch.int64, device=qk.device)
             cache.append(qk, v, buckets.to(torch.int32), start)
         out = ops.lsh_attention(
             qk,
@@ -296,15 +340,10 @@ class LSHSelfAttention(_SelfAttention):
             dropout_seed=dropout_seed,
         )
         assert isinstance(out, Tensor)
-        y = self._project_out(out)
-        if not return_buckets:
-            return y
-        # The padding bucket is prod(n_buckets).
-        small = math.prod(n_buckets) <= torch.iinfo(torch.int16).max
-        return y, buckets.to(torch.int16 if small else torch.int32)
+        return out, buckets
 
 
-class LocalSelfAttention(_SelfAttention):
+class LocalSelfAttention(_Attention):
     """Self-attention within chunks of neighbouring positions and the chunks beside them.
 
     Args:
@@ -348,18 +387,24 @@ class LocalSelfAttention(_SelfAttention):
         key_padding_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         dropout_seed: int | Tensor | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
         cache: LocalCache | None = None,
-        lengths: Tensor | None = None,
+        cache_lengths: Tensor | None = None,
     ) -> Tensor:
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`."""
         q, k, v = self._project_in(x)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        if cache is not None and lengths is not None:
-            return self._project_out(cache.attend(q, k, v, lengths, scale=self.scale))
+        if cache is not None and cache_lengths is not None:
+            return self._project_out(cache.attend(q, k, v, cache_lengths, scale=self.scale))
         if cache is not None:
             cache.append(k, v, _prompt_lengths(x, key_padding_mask))
-        out, _ = ops.chunked_attention(
+        attend = (
+            ops.chunked_attention
+            if cu_seqlens is None
+            else partial(chunked_attention_packed, cu_seqlens=cu_seqlens)
+        )
+        out, _ = attend(
             q,
             k,
             v,
@@ -375,7 +420,7 @@ class LocalSelfAttention(_SelfAttention):
         return self._project_out(out)
 
 
-class FullSelfAttention(_SelfAttention):
+class FullSelfAttention(_Attention):
     """Exact self-attention (:func:`torch.nn.functional.scaled_dot_product_attention`).
 
     Args:
@@ -418,8 +463,9 @@ class FullSelfAttention(_SelfAttention):
         *,
         key_padding_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
         cache: FullCache | None = None,
-        lengths: Tensor | None = None,
+        cache_lengths: Tensor | None = None,
     ) -> Tensor:
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`.
         Dropout draws from the global generator."""
@@ -427,12 +473,26 @@ class FullSelfAttention(_SelfAttention):
         if rotary is not None:
             q, ks = apply_rotary(q, rotary), [apply_rotary(k, rotary) for k in ks]
         k = F.normalize(q, dim=-1) if self.shared_qk else ks[0]
-        if cache is not None and lengths is not None:
-            out = cache.attend(q, k, v, lengths, scale=self.scale, mask_self=self.shared_qk)
+        if cache is not None and cache_lengths is not None:
+            out = cache.attend(q, k, v, cache_lengths, scale=self.scale, mask_self=self.shared_qk)
             return self._project_out(out)
         if cache is not None:
             cache.append(k, v, torch.zeros_like(_prompt_lengths(x, None)))
-        mask, self_only = self._mask(x.shape[1], key_padding_mask, x.device)
+        if cu_seqlens is None:
+            out = self._attend(q, k, v, key_padding_mask)
+        else:
+            lengths = sequence_lengths(
+                type(self).__name__, cu_seqlens, x.shape[:2], key_padding_mask
+            )
+
+            def attend(group: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+                return (self._attend(q, k, v, None),)
+
+            (out,) = map_sequences(attend, lengths, [(q, 2), (k, 2), (v, 2)], (2,))
+        return self._project_out(out)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        mask, self_only = self._mask(q.shape[2], key_padding_mask, q.device)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -444,7 +504,7 @@ class FullSelfAttention(_SelfAttention):
         )
         if self_only is not None:  # exactly its value, whatever dropout did
             out = torch.where(self_only, v, out)
-        return self._project_out(out)
+        return out
 
     def _mask(
         self, length: int, key_padding_mask: Tensor | None, device: torch.device

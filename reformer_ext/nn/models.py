@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from ..ops import default_n_buckets
+from ..packed import map_sequences, sequence_lengths
 from .attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
 from .cache import DecodingCache
 from .feed_forward import ACTIVATIONS, ChunkedFeedForward, chunked_lm_loss, map_positions
 from .positions import AbsolutePositions, AxialPositions, RotaryPositions
+from .pretrained import PretrainedModel
 from .reversible import ReversibleStack
 
 __all__ = ["Reformer", "ReformerConfig", "ReformerLM"]
 
 LAYER_KINDS = ("local", "lsh", "full")
 POSITION_KINDS = ("rotary", "axial", "absolute", "none")
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -201,10 +197,10 @@ class ReformerConfig:
 class _AttentionBlock(nn.Module):
     """F of a reversible layer: ``dropout(attention(norm(x)))``."""
 
-    def __init__(self, config: ReformerConfig, index: int) -> None:
+    def __init__(self, config: ReformerConfig, attention: nn.Module) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.attention = _attention(config, index)
+        self.attention = attention
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -268,7 +264,7 @@ class Reformer(nn.Module):
         draws = config.dropout > 0.0 or (config.attention_dropout > 0.0 and "full" in config.layers)
         self.layers = ReversibleStack(
             (
-                (_AttentionBlock(config, index), _FeedForwardBlock(config))
+                (_AttentionBlock(config, _attention(config, index)), _FeedForwardBlock(config))
                 for index in range(len(config.layers))
             ),
             reversible=config.reversible,
@@ -300,6 +296,7 @@ class Reformer(nn.Module):
         key_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
         cache: DecodingCache | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """Hidden states.
 
@@ -310,18 +307,26 @@ class Reformer(nn.Module):
             cache: from :meth:`new_cache`. Empty: the tokens begin the sequences, padded on either
                 side where there is a mask. Else they continue them, at a cost that does not depend
                 on how long they are (but for full layers).
+            cu_seqlens: tokens are packed sequences in a batch of one, each computed as alone; see
+                :mod:`reformer_ext.packed`.
 
         Returns:
             ``(B, L, dim)``.
 
         Raises:
-            ValueError: wrong shape, more positions than there are, or than the cache has room for.
+            ValueError: wrong shape, wrong cu_seqlens, more positions than there are, or than the
+                cache has room for.
             RuntimeError: a cache in training or where gradients are recorded.
         """
         if cache is not None:
+            if cu_seqlens is not None:
+                raise ValueError("Reformer: expected cu_seqlens or a cache, got both")
             return self._forward_cached(tokens, key_padding_mask, n_hashes, cache)
-        x = self._embed(tokens)
-        f_kwargs = self._layer_kwargs(x, key_padding_mask, n_hashes)
+        lengths = None
+        if cu_seqlens is not None:
+            lengths = sequence_lengths("Reformer", cu_seqlens, tokens.shape[:2], key_padding_mask)
+        x = self._embed(tokens, lengths)
+        f_kwargs = self._layer_kwargs(x, key_padding_mask, n_hashes, lengths)
         y1, y2 = self.layers(x, f_kwargs=f_kwargs)
         return self.norm((y1 + y2) / 2)
 
@@ -408,8 +413,8 @@ class Reformer(nn.Module):
                 raise ValueError("Reformer: expected no key_padding_mask after the prompt, got one")
             positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
             rotary = None if self.rotary is None else self.rotary.at(positions[:, None])
-            common = {"rotary": rotary, "lengths": cache.lengths}
-            hidden = self._run(self._embed(tokens, positions), common, cache)
+            common = {"rotary": rotary, "cache_lengths": cache.lengths}
+            hidden = self._run(self._embed(tokens, at=positions), common, cache)
             cache.extend(torch.full_like(cache.lengths, length), length)
             return hidden
 
@@ -432,7 +437,10 @@ class Reformer(nn.Module):
         y1, y2 = self.layers(x, f_kwargs=f_kwargs)
         return self.norm((y1 + y2) / 2)
 
-    def _embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def _embed(
+        self, tokens: Tensor, lengths: list[int] | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """With the positions of one sequence, of packed ones of these lengths, or ``at (B, L)``."""
         if tokens.is_floating_point():
             if tokens.dim() != 3 or tokens.shape[-1] != self.config.dim:
                 raise ValueError(
@@ -444,20 +452,35 @@ class Reformer(nn.Module):
             if tokens.dim() != 2:
                 raise ValueError(f"Reformer: expected tokens [B, L], got {list(tokens.shape)}")
             x = self.embedding(tokens)
-        if self.positions is not None:
-            where = (
-                self.positions(x.shape[1]) if positions is None else self.positions.at(positions)
-            )
-            x = x + where
+        positions = self.positions
+        if positions is None:
+            return self.dropout(x)
+        if at is not None:
+            return self.dropout(x + positions.at(at))
+        if lengths is None:
+            return self.dropout(x + positions(x.shape[1]))
+        (x,) = map_sequences(lambda _, x: (x + positions(x.shape[1]),), lengths, [(x, 1)], (1,))
         return self.dropout(x)
 
     def _layer_kwargs(
-        self, x: Tensor, key_padding_mask: Tensor | None, n_hashes: int | None
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None,
+        n_hashes: int | None,
+        lengths: list[int] | None = None,
     ) -> list[dict[str, Any]]:
         """What each attention layer gets beside x: one draw of a seed for all of them."""
         common: dict[str, Any] = {"key_padding_mask": key_padding_mask}
         if self.rotary is not None:
-            common["rotary"] = self.rotary(x.shape[1], x.device)
+            common["rotary"] = self.rotary(
+                x.shape[1] if lengths is None else max(lengths), x.device
+            )
+        if lengths is not None:
+            common["cu_seqlens"] = list(accumulate(lengths, initial=0))
+            if self.rotary is not None:
+                common["rotary"] = tuple(
+                    torch.cat([table[:length] for length in lengths]) for table in common["rotary"]
+                )
         step: int | Tensor = 0
         seed: Tensor | None = None
         if self.training:
@@ -476,7 +499,7 @@ class Reformer(nn.Module):
         return result
 
 
-class ReformerLM(nn.Module):
+class ReformerLM(PretrainedModel):
     """Language model: :class:`Reformer` and a projection onto the vocabulary.
 
     >>> model = ReformerLM(ReformerConfig(dim=64, heads=2, layers=("local", "lsh")))
@@ -484,6 +507,8 @@ class ReformerLM(nn.Module):
     >>> loss = model.loss(tokens[:, :-1], tokens[:, 1:])
     >>> loss.backward()
     """
+
+    config_class = ReformerConfig
 
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
@@ -506,6 +531,7 @@ class ReformerLM(nn.Module):
         key_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
         cache: DecodingCache | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """Logits ``(B, L, vocab_size)`` of the next token; arguments as in
         :meth:`Reformer.forward`.
@@ -517,7 +543,11 @@ class ReformerLM(nn.Module):
         ...     logits = model(logits[:, -1:].argmax(-1), cache=cache)  # one token more
         """
         hidden = self.reformer(
-            tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes, cache=cache
+            tokens,
+            key_padding_mask=key_padding_mask,
+            n_hashes=n_hashes,
+            cache=cache,
+            cu_seqlens=cu_seqlens,
         )
         return F.linear(hidden, self.output_weight)
 
@@ -533,6 +563,7 @@ class ReformerLM(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy in nats, without ever holding the logits of all positions.
 
@@ -540,9 +571,11 @@ class ReformerLM(nn.Module):
             tokens: int64 ``(B, L)``.
             targets: int64 ``(B, L)``, the tokens to predict; -100 does not count.
             reduction: "mean", "sum" or "none", as in :func:`chunked_lm_loss`.
-            key_padding_mask, n_hashes: as in :meth:`Reformer.forward`.
+            key_padding_mask, n_hashes, cu_seqlens: as in :meth:`Reformer.forward`.
         """
-        hidden = self.reformer(tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes)
+        hidden = self.reformer(
+            tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes, cu_seqlens=cu_seqlens
+        )
         return chunked_lm_loss(
             hidden,
             self.output_weight,
@@ -551,64 +584,6 @@ class ReformerLM(nn.Module):
             chunk_size=self.config.loss_chunk_size,
             reduction=reduction,
         )
-
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes ``config.json`` and ``model.safetensors``; each replaces its old version at
-        once."""
-        from safetensors.torch import save_file
-
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"architecture": type(self).__name__, **dataclasses.asdict(self.config)}
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        partial = folder / f"{CONFIG_FILE}.{os.getpid()}.partial"
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        partial_weights = folder / f"{WEIGHTS_FILE}.{os.getpid()}.partial"
-        save_file(weights, partial_weights, metadata={"format": "pt"})
-        os.replace(partial_weights, folder / WEIGHTS_FILE)
-        os.replace(partial, folder / CONFIG_FILE)
-
-    @classmethod
-    def from_pretrained(
-        cls, directory: str | os.PathLike[str], *, device: torch.device | str = "cpu"
-    ) -> Self:
-        """The model that :meth:`save_pretrained` wrote, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: one of the two files is missing.
-            ValueError: a file is truncated or of something else; says which and why.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        config_path, weights_path = Path(directory) / CONFIG_FILE, Path(directory) / WEIGHTS_FILE
-        for path in (config_path, weights_path):
-            if not path.is_file():
-                raise FileNotFoundError(f"{cls.__name__}.from_pretrained: no such file: {path}")
-        try:
-            fields = json.loads(config_path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{config_path}: expected JSON, got {error}") from error
-        architecture = fields.pop("architecture", None) if isinstance(fields, dict) else None
-        if architecture != cls.__name__:
-            raise ValueError(
-                f"{config_path}: expected architecture {cls.__name__}, got {architecture}"
-            )
-        known = {field.name for field in dataclasses.fields(ReformerConfig)}
-        if not set(fields) <= known:
-            raise ValueError(f"{config_path}: unknown fields {sorted(set(fields) - known)}")
-        model = cls(ReformerConfig(**fields))
-        try:
-            weights = load_file(weights_path)
-        except SafetensorError as error:
-            raise ValueError(f"{weights_path}: expected safetensors, got {error}") from error
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{weights_path}: not the weights of {config_path}: {error}"
-            ) from error
-        return model.to(device).eval()
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class ReversibleStack(nn.Module):
         x1: Tensor,
         x2: Tensor | None = None,
         f_kwargs: Sequence[Mapping[str, Any]] | None = None,
+        context: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs the blocks.
 
@@ -78,6 +79,9 @@ class ReversibleStack(nn.Module):
             x1: ``(B, L, dim)``.
             x2: the same shape; default ``x1``.
             f_kwargs: keyword arguments for the F of each block. Tensors among them get no gradient.
+            context: keyword tensors for the F of every block, as the encoder's output that each
+                layer of a decoder attends to. They are kept once for all blocks, and their
+                gradient is one sum over the blocks: what made them is back-propagated once.
 
         Returns:
             ``y1, y2``, shape and dtype as ``x1``.
@@ -90,6 +94,7 @@ class ReversibleStack(nn.Module):
         x2 = x1 if x2 is None else x2
         if f_kwargs is None:
             f_kwargs = [{}] * len(self.blocks)
+        context = context or {}
         if len(f_kwargs) != len(self.blocks):
             raise ValueError(
                 f"ReversibleStack: expected f_kwargs for each of {len(self.blocks)} blocks, "
@@ -101,34 +106,34 @@ class ReversibleStack(nn.Module):
         calls = []
         for block, kwargs in zip(self.blocks, f_kwargs, strict=True):
             assert isinstance(block, ReversibleBlock)
-            calls += [_Call(block.f, kwargs, dtype), _Call(block.g, {}, dtype)]
+            calls += [_Call(block.f, kwargs, dtype, tuple(context)), _Call(block.g, {}, dtype)]
         # A compiled or exported inference graph has no use for the Function, which dynamo cannot
         # trace.
         plain = not self.reversible or (torch.compiler.is_compiling() and not self.training)
         if plain or not torch.is_grad_enabled():
             for f, g in _pairs(calls):
-                x1 = x1 + f(x2)[0]
+                x1 = x1 + f(x2, **context)[0]
                 x2 = x2 + g(x1)[0]
         else:
-            x1, x2 = self._apply_reversible(calls, x1, x2)
+            x1, x2 = self._apply_reversible(calls, x1, x2, context)
         return x1.to(dtype), x2.to(dtype)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _apply_reversible(
-        self, calls: list[_Call], x1: Tensor, x2: Tensor
+        self, calls: list[_Call], x1: Tensor, x2: Tensor, context: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         for call in calls:
             for name, value in call.kwargs.items():
                 if any(leaf.requires_grad for leaf in _tensors(value)):
                     raise ValueError(
                         f"ReversibleStack: expected f_kwargs without gradient, got {name} that "
-                        "requires grad (make it a parameter of F, or use reversible=False)"
+                        "requires grad (pass it as context, or make it a parameter of F)"
                     )
-        run = _Run(calls, self, x1.device, self.preserve_rng_state)
+        run = _Run(calls, self, x1.device, self.preserve_rng_state, tuple(context))
         if not calls:
             return x1, x2
         streams: tuple[Tensor, Tensor] = _Reversible.apply(  # type: ignore[no-untyped-call]
-            run, x1, x2, *run.parameters
+            run, x1, x2, *context.values(), *run.parameters
         )
         return streams
 
@@ -140,11 +145,13 @@ class _Call:
     module: nn.Module
     kwargs: Mapping[str, Any]
     dtype: torch.dtype  # that the module works in; the streams may be wider
+    context: tuple[str, ...] = ()
     replay: tuple[str, ...] = ()
     rng: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, x: Tensor, **replay: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        result = self.module(x.to(self.dtype), **self.kwargs, **replay)
+    def __call__(self, x: Tensor, **tensors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """With the context, and in the recomputation the replay."""
+        result = self.module(x.to(self.dtype), **self.kwargs, **tensors)
         return (result, {}) if isinstance(result, Tensor) else result
 
     def parameters(self) -> list[nn.Parameter]:
@@ -155,12 +162,18 @@ class _Run:
     """One forward pass of a stack: its calls and the state they ran in."""
 
     def __init__(
-        self, calls: list[_Call], stack: nn.Module, device: torch.device, preserve_rng_state: bool
+        self,
+        calls: list[_Call],
+        stack: nn.Module,
+        device: torch.device,
+        preserve_rng_state: bool,
+        context: tuple[str, ...],
     ) -> None:
         self.calls = calls
         self.stack = stack
         self.device = device
         self.preserve_rng_state = preserve_rng_state
+        self.context = context
         self.parameters = list(dict.fromkeys(p for call in calls for p in call.parameters()))
         if any(_is_sharded(p) for p in self.parameters):  # would get no gradient
             raise RuntimeError(
@@ -209,19 +222,21 @@ class _Run:
 
 
 class _Reversible(torch.autograd.Function):
-    """Saves the final streams and the replays. The parameters are inputs, so that they get
-    gradients through the engine (hooks, DistributedDataParallel, accumulation) even if the streams
-    need none; saving them makes autograd refuse a backward after they were changed in place."""
+    """Saves the final streams, the context and the replays. The parameters are inputs, so that they
+    get gradients through the engine (hooks, DistributedDataParallel, accumulation) even if the
+    streams need none; saving them makes autograd refuse a backward after they were changed in
+    place."""
 
     @staticmethod
     def forward(
-        ctx: Any, run: _Run, x1: Tensor, x2: Tensor, *parameters: Tensor
+        ctx: Any, run: _Run, x1: Tensor, x2: Tensor, *context_and_parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
+        context = dict(zip(run.context, context_and_parameters, strict=False))
         kept: list[Tensor] = []
 
         def record(call: _Call, x: Tensor) -> Tensor:
             call.rng = run.rng_state()
-            y, replay = call(x)
+            y, replay = call(x, **{name: context[name] for name in call.context})
             call.replay = tuple(replay)
             kept.extend(replay.values())
             return y
@@ -231,7 +246,7 @@ class _Reversible(torch.autograd.Function):
                 x1 = x1 + record(f, x2)
                 x2 = x2 + record(g, x1)
         ctx.run = run
-        ctx.save_for_backward(x1, x2, *parameters, *kept)
+        ctx.save_for_backward(x1, x2, *context_and_parameters, *kept)
         return x1, x2
 
     @staticmethod
@@ -244,8 +259,9 @@ class _Reversible(torch.autograd.Function):
                 "got modules switched in between, which would recompute another function"
             )
         y1, y2, *saved = ctx.saved_tensors
-        kept = saved[len(run.parameters) :]
-        gradients: dict[nn.Parameter, Tensor] = {}
+        context = dict(zip(run.context, saved, strict=False))
+        kept = saved[len(run.context) + len(run.parameters) :]
+        gradients: dict[str | nn.Parameter, Tensor] = {}  # by name of the context's, or parameter
 
         def recompute(call: _Call, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
             """``module(x)`` again, and what ``dy`` at its output is at ``x``."""
@@ -253,24 +269,31 @@ class _Reversible(torch.autograd.Function):
             split = len(kept) - len(call.replay)
             replay = dict(zip(call.replay, kept[split:], strict=True))
             del kept[split:]
-            parameters = call.parameters()
+            leaves = {
+                name: context[name].detach().requires_grad_(context[name].requires_grad)
+                for name in call.context
+            }
+            inputs: dict[str | nn.Parameter, Tensor] = {
+                name: leaf for name, leaf in leaves.items() if leaf.requires_grad
+            }
+            inputs.update((parameter, parameter) for parameter in call.parameters())
             size = getattr(call.module, "positionwise_chunk_size", 0) or x.shape[1]
             ys, dxs = [], []
             for part, dpart in zip(torch.split(x, size, 1), torch.split(dy, size, 1), strict=True):
                 leaf = part.detach().requires_grad_()
                 with torch.enable_grad(), run.autocast():
-                    y, _ = call(leaf, **replay)
+                    y, _ = call(leaf, **leaves, **replay)
                 if y.requires_grad:
-                    dx, *dparameters = torch.autograd.grad(
-                        y, [leaf, *parameters], dpart.to(y.dtype), allow_unused=True
+                    dx, *dinputs = torch.autograd.grad(
+                        y, [leaf, *inputs.values()], dpart.to(y.dtype), allow_unused=True
                     )
                 else:
-                    dx, dparameters = None, []
-                for parameter, gradient in zip(parameters, dparameters, strict=False):
+                    dx, dinputs = None, []
+                for key, gradient in zip(inputs, dinputs, strict=False):
                     if gradient is not None:
                         # Not in place: a gradient may share memory with dy.
-                        known = gradients.get(parameter)
-                        gradients[parameter] = gradient if known is None else known + gradient
+                        known = gradients.get(key)
+                        gradients[key] = gradient if known is None else known + gradient
                 ys.append(y.detach())
                 dxs.append(torch.zeros_like(part) if dx is None else dx)
             return _join(ys), _join(dxs)
@@ -282,7 +305,8 @@ class _Reversible(torch.autograd.Function):
                 y, dx = recompute(f, x2, dy1)
                 x1, dy2 = y1 - y, dy2 + dx
                 y1, y2 = x1, x2
-        return None, dy1, dy2, *(gradients.get(parameter) for parameter in run.parameters)
+        keys: tuple[str | nn.Parameter, ...] = (*run.context, *run.parameters)
+        return None, dy1, dy2, *(gradients.get(key) for key in keys)
 
 
 def _pairs(calls: Sequence[_Call]) -> list[tuple[_Call, _Call]]:
@@ -307,3 +331,5 @@ def _tensors(value: object) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))

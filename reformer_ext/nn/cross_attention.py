@@ -1,0 +1,249 @@
+"""Attention of one sequence over another, ``(B, L, dim)`` over ``(B, M, context_dim)``: full and
+LSH."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .attention import _Attention, hash_rotations
+
+__all__ = ["FullCrossAttention", "LSHCrossAttention"]
+
+
+class _CrossAttention(_Attention):
+    """Queries from x, keys and values from the context."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        context_dim: int | None,
+        head_dim: int | None,
+        scale: float | None,
+        dropout: float,
+        bias: bool,
+    ) -> None:
+        super().__init__(
+            dim, heads, head_dim, 1, causal=False, scale=scale, dropout=dropout, bias=bias
+        )
+        context_dim = dim if context_dim is None else context_dim
+        self.context_proj = nn.Linear(context_dim, 2 * heads * self.head_dim, bias=bias)
+
+    def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``(B, H, L, D)`` and k, v ``(B, H, M, D)``."""
+        (q,) = self._project_in(x)
+        width = self.context_proj.in_features
+        if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != width:
+            raise ValueError(
+                f"{type(self).__name__}: expected context [{x.shape[0]}, M, {width}], "
+                f"got {list(context.shape)}"
+            )
+        kv = self.context_proj(context).unflatten(-1, (2, self.heads, self.head_dim))
+        k, v = (part.transpose(1, 2) for part in kv.unbind(2))
+        return q, k, v
+
+
+class FullCrossAttention(_CrossAttention):
+    """Exact cross-attention (:func:`torch.nn.functional.scaled_dot_product_attention`).
+
+    Args:
+        dim: width of x and of the result.
+        heads: H.
+        context_dim: width of the context; default ``dim``.
+        head_dim: D; default ``dim / heads``.
+        scale: of the logits; default ``D ** -0.5``.
+        dropout: of the attention weights, in training.
+        bias: of the projections.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        context_dim: int | None = None,
+        head_dim: int | None = None,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(
+            dim,
+            heads,
+            context_dim=context_dim,
+            head_dim=head_dim,
+            scale=scale,
+            dropout=dropout,
+            bias=bias,
+        )
+
+    def forward(
+        self, x: Tensor, context: Tensor, *, context_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """Attends over the context.
+
+        Args:
+            x: ``(B, L, dim)``.
+            context: ``(B, M, context_dim)``.
+            context_padding_mask: bool ``(B, M)``, True = padding. Over padding alone, the result
+                is that of no attention (zero, but for a bias). Dropout draws from the global
+                generator.
+
+        Returns:
+            ``(B, L, dim)``.
+        """
+        q, k, v = self._project(x, context)
+        mask = nothing = None
+        if context_padding_mask is not None:
+            # Over padding alone all is let in, and thrown away: finite, and without gradient.
+            nothing = context_padding_mask.all(dim=1)[:, None, None, None]
+            mask = ~context_padding_mask[:, None, None, :] | nothing
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self._dropout_p(), scale=self.scale
+        )
+        if nothing is not None:
+            out = out.masked_fill(nothing, 0.0)
+        return self._project_out(out)
+
+
+class LSHCrossAttention(_CrossAttention):
+    """LSH cross-attention, with memory linear in both lengths
+    (:func:`reformer_ext.lsh_cross_attention`).
+
+    Hashes as :class:`LSHSelfAttention`, with separate queries and keys, which are not normalised.
+
+    Args:
+        dim, heads, context_dim, head_dim, scale, dropout, bias: as in :class:`FullCrossAttention`.
+        n_hashes: rounds R.
+        chunk_size: rows of the joint list of queries and keys in a chunk.
+        n_buckets: an even number or a list of even factors; default
+            :func:`reformer_ext.default_n_buckets` of each call's L + M.
+        look_back, look_ahead: chunks before and after its own that a query attends to.
+        same_bucket, correct_duplicates, hash_seed: as in :class:`LSHSelfAttention`.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        context_dim: int | None = None,
+        head_dim: int | None = None,
+        n_hashes: int = 8,
+        chunk_size: int = 64,
+        n_buckets: int | Sequence[int] | None = None,
+        look_back: int = 1,
+        look_ahead: int = 1,
+        same_bucket: bool = False,
+        correct_duplicates: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+        hash_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            dim,
+            heads,
+            context_dim=context_dim,
+            head_dim=head_dim,
+            scale=scale,
+            dropout=dropout,
+            bias=bias,
+        )
+        if n_hashes < 1 or chunk_size < 1:
+            raise ValueError(
+                f"LSHCrossAttention: expected n_hashes and chunk_size >= 1, "
+                f"got {n_hashes} and {chunk_size}"
+            )
+        self.n_hashes = n_hashes
+        self.chunk_size = chunk_size
+        self.n_buckets = [n_buckets] if isinstance(n_buckets, int) else n_buckets
+        self.look_back = look_back
+        self.look_ahead = look_ahead
+        self.same_bucket = same_bucket
+        self.correct_duplicates = correct_duplicates
+        self.hash_seed = hash_seed
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        *,
+        query_padding_mask: Tensor | None = None,
+        context_padding_mask: Tensor | None = None,
+        n_hashes: int | None = None,
+        hash_step: int | Tensor = 0,
+        dropout_seed: int | Tensor | None = None,
+        buckets: Tensor | None = None,
+        return_buckets: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attends over the context.
+
+        Args:
+            x: ``(B, L, dim)``.
+            context: ``(B, M, context_dim)``.
+            query_padding_mask: bool ``(B, L)``, True = padding.
+            context_padding_mask: bool ``(B, M)``, True = padding.
+            n_hashes, hash_step, dropout_seed: as in :meth:`LSHSelfAttention.forward`.
+            buckets: of an earlier call on x and context, to attend alike: nothing is hashed.
+            return_buckets: return the buckets too.
+
+        Returns:
+            ``(B, L, dim)``, and with return_buckets ``(B, H, R, L + M)`` of int16 where they fit,
+            else int32.
+        """
+        q, k, v = self._project(x, context)
+        n_buckets = self.n_buckets or ops.default_n_buckets(
+            x.shape[1] + context.shape[1], self.chunk_size
+        )
+        rotations = None
+        if buckets is None:
+            rotations = hash_rotations(
+                self.hash_seed,
+                hash_step,
+                self.heads,
+                self.head_dim,
+                self.n_hashes if n_hashes is None else n_hashes,
+                n_buckets,
+                device=q.device,
+                dtype=q.dtype,
+            )
+        result = ops.lsh_cross_attention(
+            q,
+            k,
+            v,
+            chunk_size=self.chunk_size,
+            n_buckets=n_buckets,
+            rotations=rotations,
+            buckets=None if buckets is None else buckets.to(torch.int32),
+            look_back=self.look_back,
+            look_ahead=self.look_ahead,
+            scale=self.scale,
+            query_padding_mask=query_padding_mask,
+            key_padding_mask=context_padding_mask,
+            same_bucket=self.same_bucket,
+            correct_duplicates=self.correct_duplicates,
+            dropout_p=self._dropout_p(),
+            dropout_seed=dropout_seed,
+            return_buckets=True,
+        )
+        out, buckets = result
+        y = self._project_out(out)
+        if not return_buckets:
+            return y
+        # The padding bucket is prod(n_buckets).
+        small = math.prod(n_buckets) <= torch.iinfo(torch.int16).max
+        return y, buckets.to(torch.int16 if small else torch.int32)
