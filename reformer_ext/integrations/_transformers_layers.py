@@ -175,20 +175,28 @@ class _LocalSelfAttention(peer.LocalSelfAttention):  # type: ignore[misc]
             key_padding_mask=padding,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        if padding is not None:  # padding that sees nothing gets the mean of what it looks at
-            out = torch.where(lse[..., None] == -math.inf, self._window_means(v), out)
+        if padding is not None:
+            out = torch.where(lse[..., None] == -math.inf, self._attend_to_nothing(v), out)
         return peer.LocalSelfAttentionOutput(_merge(out), ())
 
-    def _window_means(self, v: Tensor) -> Tensor:
-        """Mean of the values in each position's chunk and those it looks at, ``(B, H, L, D)``."""
-        length = v.shape[2]
+    def _attend_to_nothing(self, v: Tensor) -> Tensor:
+        """What transformers gives padding all of whose logits are masked: its values weighted
+        alike, by 1 / n, which its finite mask value rounds to 1 in float32. ``(B, H, L, D)``."""
+        batch, heads, length, dim = v.shape
         if length <= self.chunk_length:
-            return v.mean(dim=2, keepdim=True)
-        batch, heads, _, dim = v.shape
-        chunks = v.reshape(batch, heads, -1, self.chunk_length, dim).mean(dim=3)
-        shifts = range(-self.num_chunks_after, self.num_chunks_before + 1)
-        means = torch.stack([chunks.roll(shift, dims=2) for shift in shifts]).mean(dim=0)
-        return means.repeat_interleave(self.chunk_length, dim=2)
+            n, sums = length, v.sum(dim=2, keepdim=True)
+        else:
+            shifts = range(-self.num_chunks_after, self.num_chunks_before + 1)
+            chunks = v.reshape(batch, heads, -1, self.chunk_length, dim).sum(dim=3)
+            windows = torch.stack([chunks.roll(shift, dims=2) for shift in shifts]).sum(dim=0)
+            n, sums = (
+                self.chunk_length * len(shifts),
+                windows.repeat_interleave(self.chunk_length, dim=2),
+            )
+        half = v.dtype == torch.float16
+        masked = self.mask_value_float16 if half else self.mask_value_float32
+        logits = masked.to(v.dtype).expand(n)
+        return sums * torch.exp(logits[0] - torch.logsumexp(logits, dim=0))
 
 
 class _Encoder(peer.ReformerEncoder):  # type: ignore[misc]

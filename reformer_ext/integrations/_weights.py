@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Weight", "read_weights", "write_weights"]
+from ..nn import AxialPositions, Reformer, ReformerLM
+
+__all__ = ["Weight", "affine", "axial", "load_weights", "read_weights", "write_weights"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,21 @@ class Weight:
             (name, part if self.shape is None else part.reshape(self.shape))
             for name, part in zip(self.sources, parts, strict=True)
         ]
+
+
+def affine(ours: str, theirs: str) -> list[Weight]:
+    """Weight and bias of a linear map or a normalization."""
+    return [Weight(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in ("weight", "bias")]
+
+
+def axial(positions: AxialPositions, ours: str, theirs: str, leading: int) -> list[Weight]:
+    """One tensor per axis: theirs broadcast over the grid, after ``leading`` more dimensions."""
+    result = []
+    for axis, weight in enumerate(positions.weights):
+        shape = [1] * (leading + len(positions.shape)) + [weight.shape[1]]
+        shape[leading + axis] = weight.shape[0]
+        result.append(Weight(f"{ours}.{axis}", (f"{theirs}.{axis}",), tuple(shape)))
+    return result
 
 
 def read_weights(
@@ -69,6 +86,14 @@ def read_weights(
         joined = torch.cat([theirs[name] for name in weight.sources])
         result[weight.name] = joined.reshape(ours[weight.name].shape)
     return result
+
+
+def load_weights(model: Reformer | ReformerLM, weights: dict[str, Tensor]) -> None:
+    """Copies all weights into the model, which moves to their device and dtype."""
+    first = next(iter(weights.values()))
+    model.to(device=first.device, dtype=first.dtype)
+    # Not strict: only the counter of training steps is ours alone.
+    model.load_state_dict(weights, strict=False)
 
 
 def write_weights(weights: Sequence[Weight], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:

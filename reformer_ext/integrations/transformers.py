@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import AxialPositions, Reformer, ReformerConfig, ReformerLM
-from ._weights import Weight, read_weights, write_weights
+from ._weights import Weight, affine, axial, load_weights, read_weights, write_weights
 
 __all__ = ["accelerate", "from_transformers", "to_transformers"]
 
@@ -85,9 +85,7 @@ def from_transformers(
         # Constants that old versions saved.
         lambda name: re.search(r"\.(self_)?mask_value_float(16|32)$", name) is not None,
     )
-    first = next(iter(weights.values()))
-    model.to(device=first.device, dtype=first.dtype)
-    model.load_state_dict(weights, strict=False)  # all but the counter of steps
+    load_weights(model, weights)
     return model.train(training)
 
 
@@ -99,8 +97,9 @@ def to_transformers(model: Reformer | ReformerLM) -> tuple[Any, dict[str, Tensor
     >>> theirs.load_state_dict(weights)
 
     ``config.architectures`` names the class: ``ReformerModel``, ``ReformerModelWithLMHead``
-    (causal) or ``ReformerForMaskedLM``. ``hash_seed`` 0 becomes None, a new hash at each call. The
-    inverse of :func:`from_transformers`, exactly.
+    (causal) or ``ReformerForMaskedLM``. ``hash_seed`` 0 becomes None, a new hash at each call.
+    Undoes :func:`from_transformers` exactly, but for ``chunk_size_lm_head``, which is left at 0:
+    in transformers chunks have to divide the length.
 
     Raises:
         ImportError: transformers is not installed.
@@ -221,7 +220,6 @@ def _config_from(config: Any, has_head: bool) -> ReformerConfig:
         ),
         streams="concat",
         head_bias=True,
-        loss_chunk_size=config.chunk_size_lm_head,
         hash_seed=config.hash_seed or 0,
         norm_eps=config.layer_norm_eps,
         initializer_range=config.initializer_range,
@@ -297,7 +295,6 @@ def _config_to(peer: Any, model: Reformer | ReformerLM) -> Any:
         ),
         hidden_dropout_prob=config.dropout,
         max_position_embeddings=config.max_length,
-        chunk_size_lm_head=config.loss_chunk_size,
         hash_seed=config.hash_seed or None,
         layer_norm_eps=config.norm_eps,
         initializer_range=config.initializer_range,
@@ -313,40 +310,33 @@ def _reformer(model: Reformer | ReformerLM) -> Reformer:
 def _weights(model: Reformer | ReformerLM) -> list[Weight]:
     """Our weights and those of ``ReformerModel``, or of the language models around it."""
     prefix = "reformer." if isinstance(model, ReformerLM) else ""
-    result = []
-
-    def add(ours: str, *theirs: str, shape: tuple[int, ...] | None = None) -> None:
-        result.append(Weight(prefix + ours, tuple(prefix + name for name in theirs), shape))
-
-    def add_linear(ours: str, theirs: str) -> None:
-        add(f"{ours}.weight", f"{theirs}.weight")
-        add(f"{ours}.bias", f"{theirs}.bias")
-
-    add("embedding.weight", "embeddings.word_embeddings.weight")
-    table, theirs = _reformer(model).positions, "embeddings.position_embeddings"
-    if isinstance(table, AxialPositions):
-        for axis, weight in enumerate(table.weights):
-            shape = [1] * len(table.shape) + [weight.shape[1]]
-            shape[axis] = weight.shape[0]
-            add(f"positions.weights.{axis}", f"{theirs}.weights.{axis}", shape=tuple(shape))
-    else:
-        add("positions.weight", f"{theirs}.embedding.weight")
+    table = _reformer(model).positions
+    ours, theirs = f"{prefix}positions", f"{prefix}embeddings.position_embeddings"
+    result = [
+        Weight(f"{prefix}embedding.weight", (f"{prefix}embeddings.word_embeddings.weight",)),
+        *(
+            axial(table, f"{ours}.weights", f"{theirs}.weights", 0)
+            if isinstance(table, AxialPositions)
+            else [Weight(f"{ours}.weight", (f"{theirs}.embedding.weight",))]
+        ),
+    ]
     for index, kind in enumerate(model.config.layers):
-        ours, theirs = f"layers.blocks.{index}", f"encoder.layers.{index}"
+        f, g = (f"{prefix}layers.blocks.{index}.{block}" for block in "fg")
+        attention = f"{prefix}encoder.layers.{index}.attention"
+        feed_forward = f"{prefix}encoder.layers.{index}.feed_forward"
         projections = ("query_key", "value") if kind == "lsh" else ("query", "key", "value")
-        add_linear(f"{ours}.f.norm", f"{theirs}.attention.layer_norm")
-        add(
-            f"{ours}.f.attention.in_proj.weight",
-            *(f"{theirs}.attention.self_attention.{name}.weight" for name in projections),
-        )
-        add(f"{ours}.f.attention.out_proj.weight", f"{theirs}.attention.output.dense.weight")
-        add_linear(f"{ours}.g.norm", f"{theirs}.feed_forward.layer_norm")
-        add_linear(f"{ours}.g.feed_forward.in_proj", f"{theirs}.feed_forward.dense.dense")
-        add_linear(f"{ours}.g.feed_forward.out_proj", f"{theirs}.feed_forward.output.dense")
-    add_linear("norm", "encoder.layer_norm")
+        sources = tuple(f"{attention}.self_attention.{name}.weight" for name in projections)
+        result += [
+            *affine(f"{f}.norm", f"{attention}.layer_norm"),
+            Weight(f"{f}.attention.in_proj.weight", sources),
+            Weight(f"{f}.attention.out_proj.weight", (f"{attention}.output.dense.weight",)),
+            *affine(f"{g}.norm", f"{feed_forward}.layer_norm"),
+            *affine(f"{g}.feed_forward.in_proj", f"{feed_forward}.dense.dense"),
+            *affine(f"{g}.feed_forward.out_proj", f"{feed_forward}.output.dense"),
+        ]
+    result += affine(f"{prefix}norm", f"{prefix}encoder.layer_norm")
     if isinstance(model, ReformerLM):
-        result.append(Weight("head.weight", ("lm_head.decoder.weight",)))
-        result.append(Weight("head.bias", ("lm_head.decoder.bias",)))
+        result += affine("head", "lm_head.decoder")
     return result
 
 
