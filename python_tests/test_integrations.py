@@ -14,6 +14,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -263,6 +264,16 @@ def test_round_trip_is_exact(fields: dict[str, Any], causal: bool) -> None:
     assert again.config == ours.config
     for name, tensor in ours.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_converted_models_are_saved(tmp_path: Path) -> None:
+    ours = from_transformers(hf_model())
+    ours.save_pretrained(tmp_path)
+    loaded = ReformerLM.from_pretrained(tmp_path).double()
+    assert loaded.config == ours.config
+    tokens = torch.randint(50, (2, 29))
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens), ours(tokens))
 
 
 def test_our_own_model_goes_to_transformers() -> None:
@@ -805,6 +816,13 @@ def test_accelerated_models_are_copied_saved_and_accelerated_again() -> None:
             assert torch.equal(twin(tokens).logits, expected)
 
 
+def test_acceleration_keeps_the_mode_of_each_module() -> None:
+    _, ours = pair(hidden_dropout_prob=0.2)
+    ours.train().reformer.encoder.layers[1].eval()
+    lm_step(torch.randint(50, (2, 48)))(ours).backward()
+    assert ours.training and not ours.reformer.encoder.layers[1].attention.training
+
+
 def test_acceleration_refuses_before_it_changes_anything() -> None:
     with pytest.raises(ValueError, match=r"accelerate: expected .* got Linear"):
         accelerate(nn.Linear(1, 1))
@@ -1004,6 +1022,8 @@ def test_layer_errors_are_named() -> None:
     for name in ("keys", "input_attn_mask", "context_mask", "pos_emb"):
         with pytest.raises(ValueError, match=f"LSHSelfAttention: expected {name} to be None"):
             layer(x, **{name: x})
+    with pytest.raises(ValueError, match=r"expected x \[B, L, 16\], got \[2, 5, 15\]"):
+        layer(x[..., 1:])
     with pytest.raises(ValueError, match=r"expected input_mask \[2, 5\], got \[2, 4\]"):
         layer(x, input_mask=torch.ones(2, 4, dtype=torch.bool))
 
@@ -1025,6 +1045,7 @@ def test_summed_axial_positions() -> None:
     [
         ({"streams": "sum"}, "streams: expected one of"),
         ({"streams": "concat", "tie_embeddings": True}, "tie_embeddings: expected False with"),
+        ({"head_bias": True, "tie_embeddings": True}, "head_bias: expected False with tie"),
         ({"axial_dims": (8, 8)}, "axial_dims: expected widths that sum to dim = 512"),
         ({"axial_dims": (256, 256), "axial_sum": True}, "axial_sum: expected False with axial"),
         ({"look_back": -1}, "look_back: expected an integer >= 0"),

@@ -75,7 +75,9 @@ class _LSHSelfAttention(peer.LSHSelfAttention):  # type: ignore[misc]
         if past_buckets_states is not None and len(past_buckets_states) > self.layer_idx:
             return original(buckets)
         # Drawn whether or not it is needed: what is drawn after it must not depend on buckets.
-        seed = int(torch.randint(2**62, ())) if self.hash_seed is None else self.hash_seed
+        seed = self.hash_seed
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
         qk, v = _split(self, self.query_key(hidden_states)), _split(self, self.value(hidden_states))
         length = qk.shape[2]
         n_hashes = self.num_hashes if num_hashes is None else num_hashes
@@ -184,15 +186,14 @@ class _LocalSelfAttention(peer.LocalSelfAttention):  # type: ignore[misc]
         alike, by 1 / n, which its finite mask value rounds to 1 in float32. ``(B, H, L, D)``."""
         batch, heads, length, dim = v.shape
         if length <= self.chunk_length:
-            n, sums = length, v.sum(dim=2, keepdim=True)
+            n = length
+            sums = v.sum(dim=2, keepdim=True)
         else:
             shifts = range(-self.num_chunks_after, self.num_chunks_before + 1)
+            n = self.chunk_length * len(shifts)
             chunks = v.reshape(batch, heads, -1, self.chunk_length, dim).sum(dim=3)
             windows = torch.stack([chunks.roll(shift, dims=2) for shift in shifts]).sum(dim=0)
-            n, sums = (
-                self.chunk_length * len(shifts),
-                windows.repeat_interleave(self.chunk_length, dim=2),
-            )
+            sums = windows.repeat_interleave(self.chunk_length, dim=2)
         half = v.dtype == torch.float16
         masked = self.mask_value_float16 if half else self.mask_value_float32
         logits = masked.to(v.dtype).expand(n)
@@ -240,9 +241,8 @@ class _Encoder(peer.ReformerEncoder):  # type: ignore[misc]
             )
             for layer in self.layers
         ]
-        stack = ReversibleStack(blocks).train(self.training)
         kwargs = {"attention_mask": attention_mask, "num_hashes": num_hashes}
-        y1, y2 = stack(
+        y1, y2 = ReversibleStack(blocks)(
             hidden_states,
             f_kwargs=[{**kwargs, "head_mask": layer_head_mask} for layer_head_mask in head_mask],
         )
@@ -277,7 +277,7 @@ class _AttentionBlock(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         attention: Any = self.attention
         first = buckets is None
-        if buckets is not None and attention.self_attention.__class__ is _LSHSelfAttention:
+        if buckets is not None and isinstance(attention.self_attention, _LSHSelfAttention):
             kwargs["buckets"] = buckets if buckets.numel() else None
         normalized = attention.layer_norm(x)
         result = attention.self_attention(

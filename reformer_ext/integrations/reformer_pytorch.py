@@ -171,8 +171,8 @@ class LSHSelfAttention(nn.Module):
     Given the same hash it computes the same function of an unmasked x; any length will do. In
     evaluation the hash is always the same; in training its seed is drawn from torch's global
     generator. Masked positions are hashed to a bucket of their own, so that they neither change nor
-    displace anything, and gradients of repeated pairs are right with
-    ``allow_duplicate_attention=False``.
+    displace anything, and ``allow_duplicate_attention=False`` corrects pairs that meet across the
+    boundary of two rounds, whose weight the original multiplies by 1e9.
 
     Args:
         dim: width of input and output.
@@ -258,7 +258,7 @@ class LSHSelfAttention(nn.Module):
             ``(B, L, dim)``.
 
         Raises:
-            ValueError: an argument that must be None, or input_mask of another shape.
+            ValueError: an argument that must be None, or x or input_mask of another shape.
         """
         rest = {
             "keys": keys,
@@ -267,6 +267,10 @@ class LSHSelfAttention(nn.Module):
             "pos_emb": pos_emb,
         }
         _refuse("LSHSelfAttention", dict.fromkeys(rest), rest)
+        if x.dim() != 3 or x.shape[-1] != self.toqk.in_features:
+            raise ValueError(
+                f"LSHSelfAttention: expected x [B, L, {self.toqk.in_features}], got {list(x.shape)}"
+            )
         batch, length, _ = x.shape
         if input_mask is not None and input_mask.shape != (batch, length):
             raise ValueError(

@@ -217,6 +217,8 @@ class ReformerConfig:
         check("streams", self.streams in STREAM_KINDS, f"one of {STREAM_KINDS}")
         if self.streams == "concat":
             check("tie_embeddings", not self.tie_embeddings, "False with streams 'concat'")
+        if self.tie_embeddings:
+            check("head_bias", not self.head_bias, "False with tie_embeddings")
         if self.head_dim is None:
             check("heads", self.dim % self.heads == 0, f"a divisor of dim = {self.dim}")
         width = self.head_width
