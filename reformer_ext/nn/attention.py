@@ -80,6 +80,7 @@ class _Attention(nn.Module):
         scale: float | None,
         dropout: float,
         bias: bool,
+        out_bias: bool | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -100,7 +101,8 @@ class _Attention(nn.Module):
         self.dropout = dropout
         self.n_projections = n_projections
         self.in_proj = nn.Linear(dim, n_projections * heads * head_dim, bias=bias)
-        self.out_proj = nn.Linear(heads * head_dim, dim, bias=bias)
+        out_bias = bias if out_bias is None else out_bias
+        self.out_proj = nn.Linear(heads * head_dim, dim, bias=out_bias)
 
     def _project_in(self, x: Tensor) -> tuple[Tensor, ...]:
         """``(B, L, dim)`` -> n_projections times ``(B, H, L, D)``, views of one matrix product."""
@@ -151,6 +153,7 @@ class LSHSelfAttention(_Attention):
         scale: of the logits, query times unit-length key; default ``D ** -0.5``.
         dropout: of the attention weights, in training.
         bias: of the projections.
+        out_bias: of the output projection; default: as bias.
         hash_seed: of the rotations; layers of one model should differ in it.
         rotary_before_hash: hash what rotary positions have turned; default: hash the content alone.
 
@@ -175,11 +178,20 @@ class LSHSelfAttention(_Attention):
         scale: float | None = None,
         dropout: float = 0.0,
         bias: bool = False,
+        out_bias: bool | None = None,
         hash_seed: int = 0,
         rotary_before_hash: bool = False,
     ) -> None:
         super().__init__(
-            dim, heads, head_dim, 2, causal=causal, scale=scale, dropout=dropout, bias=bias
+            dim,
+            heads,
+            head_dim,
+            2,
+            causal=causal,
+            scale=scale,
+            dropout=dropout,
+            bias=bias,
+            out_bias=out_bias,
         )
         if n_hashes < 1 or chunk_size < 1:
             raise ValueError(
@@ -247,9 +259,9 @@ class LSHSelfAttention(_Attention):
             return_buckets: return the buckets too.
             cu_seqlens: x is packed sequences, ``(1, total, dim)``, each of which attends within
                 itself, as alone; see :mod:`reformer_ext.packed`.
-            cache: with ``cache_lengths``, int64 ``(B,)``, positions that it holds, x continues those;
-                without, x begins the sequences (padded at their ends) and fills the cache, whose
-                hash is then used.
+            cache: with ``cache_lengths``, int64 ``(B,)``, the positions that it holds, x continues
+                those; without, x begins the sequences (padded at their ends) and fills the cache,
+                whose hash is then used.
 
         Returns:
             ``(B, L, dim)``, and with return_buckets ``(B, H, R, L)`` of int16 where they fit, else
@@ -347,11 +359,12 @@ class LocalSelfAttention(_Attention):
     """Self-attention within chunks of neighbouring positions and the chunks beside them.
 
     Args:
-        dim, heads, head_dim, causal, scale, dropout, bias: as in :class:`LSHSelfAttention`, with
-            separate queries and keys.
+        dim, heads, head_dim, causal, scale, dropout, bias, out_bias: as in
+            :class:`LSHSelfAttention`, with separate queries and keys.
         chunk_size: positions in a chunk.
         look_back, look_ahead: chunks before and after its own that a query attends to; look_ahead
             defaults to 0 if causal, else 1.
+        wrap: the first and the last chunk are neighbours (as in transformers).
 
     Raises:
         ValueError: naming the argument.
@@ -367,18 +380,29 @@ class LocalSelfAttention(_Attention):
         causal: bool = False,
         look_back: int = 1,
         look_ahead: int | None = None,
+        wrap: bool = False,
         scale: float | None = None,
         dropout: float = 0.0,
         bias: bool = False,
+        out_bias: bool | None = None,
     ) -> None:
         super().__init__(
-            dim, heads, head_dim, 3, causal=causal, scale=scale, dropout=dropout, bias=bias
+            dim,
+            heads,
+            head_dim,
+            3,
+            causal=causal,
+            scale=scale,
+            dropout=dropout,
+            bias=bias,
+            out_bias=out_bias,
         )
         if chunk_size < 1:
             raise ValueError(f"LocalSelfAttention: expected chunk_size >= 1, got {chunk_size}")
         self.chunk_size = chunk_size
         self.look_back = look_back
         self.look_ahead = look_ahead if look_ahead is not None else 0 if causal else 1
+        self.wrap = wrap
 
     def forward(
         self,
@@ -411,6 +435,7 @@ class LocalSelfAttention(_Attention):
             chunk_size=self.chunk_size,
             look_back=self.look_back,
             look_ahead=self.look_ahead,
+            wrap=self.wrap,
             causal=self.causal,
             scale=self.scale,
             key_padding_mask=key_padding_mask,
@@ -424,7 +449,8 @@ class FullSelfAttention(_Attention):
     """Exact self-attention (:func:`torch.nn.functional.scaled_dot_product_attention`).
 
     Args:
-        dim, heads, head_dim, causal, scale, dropout, bias: as in :class:`LSHSelfAttention`.
+        dim, heads, head_dim, causal, scale, dropout, bias, out_bias: as in
+            :class:`LSHSelfAttention`.
         shared_qk: keys are the length-normalised queries, and a position attends to itself only if
             nothing else is allowed, as the first one of a causal sequence: what LSH attention
             approximates, and its exact limit. Takes an ``L x L`` mask.
@@ -444,6 +470,7 @@ class FullSelfAttention(_Attention):
         scale: float | None = None,
         dropout: float = 0.0,
         bias: bool = False,
+        out_bias: bool | None = None,
     ) -> None:
         super().__init__(
             dim,
@@ -454,6 +481,7 @@ class FullSelfAttention(_Attention):
             scale=scale,
             dropout=dropout,
             bias=bias,
+            out_bias=out_bias,
         )
         self.shared_qk = shared_qk
 

@@ -265,9 +265,8 @@ class DecodingCache(nn.Module):
                     )
                 )
             elif kind == "local":
-                layers.append(
-                    LocalCache(*sizes, config.local_chunk_size, 1, dtype=dtype, device=device)
-                )
+                window_of = (config.local_chunk_size, config.local_look_back)
+                layers.append(LocalCache(*sizes, *window_of, dtype=dtype, device=device))
             else:
                 layers.append(FullCache(*sizes, capacity, dtype=dtype, device=device))
         self.layers = nn.ModuleList(layers)

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from .cross_attention import FullCrossAttention, LSHCrossAttention
 from .feed_forward import chunked_lm_loss
-from .models import Reformer, ReformerConfig, _AttentionBlock
+from .models import Reformer, ReformerConfig, _AttentionBlock, lm_head
 from .pretrained import PretrainedModel, config_from_fields
 from .reversible import ReversibleBlock
 
@@ -71,11 +71,8 @@ class ReformerEncoderDecoder(PretrainedModel):
         self.decoder_config = decoder_config
         self.cross = kinds
         self.encoder = Reformer(encoder_config)
-        self.decoder = _Decoder(decoder_config, encoder_config.dim, kinds)
-        self.head: nn.Linear | None = None
-        if not decoder_config.tie_embeddings:
-            self.head = nn.Linear(decoder_config.dim, decoder_config.vocab_size, bias=False)
-            nn.init.normal_(self.head.weight, std=decoder_config.initializer_range)
+        self.decoder = _Decoder(decoder_config, encoder_config.output_width, kinds)
+        self.head = lm_head(decoder_config)
 
     def _fields(self) -> dict[str, Any]:
         return {
@@ -98,6 +95,11 @@ class ReformerEncoderDecoder(PretrainedModel):
     def output_weight(self) -> Tensor:
         """``(vocab_size, dim)``: the head's, or the decoder's token embedding's if tied."""
         return self.decoder.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """``(vocab_size,)``, or None without a bias."""
+        return None if self.head is None else self.head.bias
 
     def encode(
         self,
@@ -158,7 +160,7 @@ class ReformerEncoderDecoder(PretrainedModel):
             source_padding_mask=source_padding_mask,
             n_hashes=n_hashes,
         )
-        return F.linear(hidden, self.output_weight)
+        return F.linear(hidden, self.output_weight, self.output_bias)
 
     def loss(
         self,
@@ -190,7 +192,7 @@ class ReformerEncoderDecoder(PretrainedModel):
         return chunked_lm_loss(
             hidden,
             self.output_weight,
-            None,
+            self.output_bias,
             targets,
             chunk_size=self.decoder_config.loss_chunk_size,
             reduction=reduction,
@@ -254,14 +256,15 @@ class _Decoder(Reformer):
         n_hashes: int | None = None,
     ) -> Tensor:
         x = self._embed(tokens)
+        length = x.shape[1]
+        x, key_padding_mask = self._pad(x, key_padding_mask)
         self_kwargs = self._layer_kwargs(x, key_padding_mask, n_hashes)
         cross_kwargs = self._cross_kwargs(x, key_padding_mask, context_padding_mask, n_hashes)
         f_kwargs = [
             {"self_kwargs": for_self, "cross_kwargs": for_cross}
             for for_self, for_cross in zip(self_kwargs, cross_kwargs, strict=True)
         ]
-        y1, y2 = self.layers(x, f_kwargs=f_kwargs, context={"context": context})
-        return self.norm((y1 + y2) / 2)
+        return self._run(x, f_kwargs, {"context": context})[:, :length]
 
     def _cross_kwargs(
         self,

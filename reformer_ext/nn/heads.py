@@ -55,7 +55,7 @@ class _ReformerHead(PretrainedModel):
         self.config = config
         self.reformer = Reformer(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.dim, outputs)
+        self.head = nn.Linear(config.output_width, outputs)
         nn.init.normal_(self.head.weight, std=config.initializer_range)
         nn.init.zeros_(self.head.bias)
 

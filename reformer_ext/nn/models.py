@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -25,6 +25,7 @@ __all__ = ["Reformer", "ReformerConfig", "ReformerLM"]
 
 LAYER_KINDS = ("local", "lsh", "full")
 POSITION_KINDS = ("rotary", "axial", "absolute", "none")
+STREAM_KINDS = ("mean", "concat")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,11 @@ class ReformerConfig:
         chunk_size: positions in a chunk of LSH layers.
         n_buckets: of LSH layers, an even number or even factors of it; None: about
             ``2 * length / chunk_size``.
-        local_chunk_size: positions in a chunk of local layers.
+        look_back, look_ahead: chunks before and after its own that a query of an LSH layer attends
+            to; look_ahead None: 0 if causal, else 1.
+        local_chunk_size, local_look_back, local_look_ahead: the same for local layers.
+        local_wrap: the first and the last chunk of local layers are neighbours (as in
+            transformers).
         causal: positions see themselves and earlier ones only.
         same_bucket: LSH attention only within the same bucket (the paper; its code: no).
         correct_duplicates: a pair in several rounds counts once (the paper; its code: no).
@@ -55,16 +60,28 @@ class ReformerConfig:
             formula.
         full_shared_qk: full layers share queries and keys, so that they are the exact limit of LSH
             layers.
+        attention_out_bias: of the output projections of attention layers.
         attention_dropout: of attention weights.
+        local_attention_dropout: of those of local layers; None: attention_dropout.
+        ff_dropout: of the hidden activations of feed-forward layers.
         dropout: of the embeddings and of what attention and feed-forward layers add.
+        output_dropout: of the final hidden states.
         positions: "rotary", "axial", "absolute" or "none".
         rotary_base: longest wavelength of rotary positions over 2 pi.
         rotary_before_hash: LSH layers hash with the rotary positions; else content alone.
         axial_shape: grid of axial positions; None: the smallest square that holds max_length.
+        axial_dims: width per axis, summing to dim; None: as even as possible.
+        axial_sum: the vectors of the axes are dim wide and added up (as in reformer-pytorch).
         max_length: most positions, with axial or absolute positions.
+        length_multiple: inputs are padded to a multiple of it inside, with masked positions.
+            Changes what the first chunk of a wrapped line looks back to, no more; transformers pads
+            to common multiples of its chunk lengths.
+        streams: how the two residual streams end: "mean" averages them, "concat" joins them, for
+            hidden states of twice the width (as in trax and transformers).
         reversible: recompute activations in the backward pass instead of storing them.
         tie_embeddings: the language model's output matrix is its token embedding; for large
             vocabularies (with a small one and a wide model it starts out repeating its input).
+        head_bias: of the language model's output.
         loss_chunk_size: positions at a time in the loss; 0: all.
         hash_seed: of the hashes, in evaluation and with the step number in training.
         norm_eps: of layer normalisation.
@@ -87,28 +104,42 @@ class ReformerConfig:
     n_hashes: int = 8
     chunk_size: int = 64
     n_buckets: int | tuple[int, ...] | None = None
+    look_back: int = 1
+    look_ahead: int | None = None
     local_chunk_size: int = 64
+    local_look_back: int = 1
+    local_look_ahead: int | None = None
+    local_wrap: bool = False
     causal: bool = True
     same_bucket: bool = False
     correct_duplicates: bool = False
     shared_qk_scale: float | None = 1.0
     full_shared_qk: bool = False
+    attention_out_bias: bool = False
     attention_dropout: float = 0.0
+    local_attention_dropout: float | None = None
+    ff_dropout: float = 0.0
     dropout: float = 0.0
+    output_dropout: float = 0.0
     positions: str = "rotary"
     rotary_base: float = 10000.0
     rotary_before_hash: bool = False
     axial_shape: tuple[int, ...] | None = None
+    axial_dims: tuple[int, ...] | None = None
+    axial_sum: bool = False
     max_length: int = 65536
+    length_multiple: int = 1
+    streams: str = "mean"
     reversible: bool = True
     tie_embeddings: bool = False
+    head_bias: bool = False
     loss_chunk_size: int = 4096
     hash_seed: int = 0
     norm_eps: float = 1e-5
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("layers", "n_buckets", "axial_shape"):
+        for name in ("layers", "n_buckets", "axial_shape", "axial_dims"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
@@ -127,16 +158,32 @@ class ReformerConfig:
             "chunk_size",
             "local_chunk_size",
             "max_length",
+            "length_multiple",
         ):
             check(name, _is_int(getattr(self, name), 1), "an integer >= 1")
-        for name in ("ff_chunk_size", "loss_chunk_size", "hash_seed"):
+        for name in (
+            "ff_chunk_size",
+            "look_back",
+            "local_look_back",
+            "loss_chunk_size",
+            "hash_seed",
+        ):
             check(name, _is_int(getattr(self, name), 0), "an integer >= 0")
+        for name in ("look_ahead", "local_look_ahead"):
+            value = getattr(self, name)
+            check(name, value is None or _is_int(value, 0), "None or an integer >= 0")
         for name in ("head_dim", "ff_hidden"):
             value = getattr(self, name)
             check(name, value is None or _is_int(value, 1), "None or an integer >= 1")
-        for name in ("attention_dropout", "dropout"):
+        for name in ("attention_dropout", "ff_dropout", "dropout", "output_dropout"):
             value = getattr(self, name)
             check(name, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
+        local = self.local_attention_dropout
+        check(
+            "local_attention_dropout",
+            local is None or (_is_number(local) and 0 <= local < 1),
+            "None or a number in [0, 1)",
+        )
         for name in ("rotary_base", "norm_eps", "initializer_range"):
             value = getattr(self, name)
             check(name, _is_number(value) and value > 0, "a number > 0")
@@ -145,10 +192,14 @@ class ReformerConfig:
             "causal",
             "same_bucket",
             "correct_duplicates",
+            "local_wrap",
             "full_shared_qk",
+            "attention_out_bias",
             "rotary_before_hash",
+            "axial_sum",
             "reversible",
             "tie_embeddings",
+            "head_bias",
         ):
             check(name, isinstance(getattr(self, name), bool), "True or False")
         scale = self.shared_qk_scale
@@ -162,6 +213,11 @@ class ReformerConfig:
         )
         check("ff_activation", self.ff_activation in ACTIVATIONS, f"one of {sorted(ACTIVATIONS)}")
         check("positions", self.positions in POSITION_KINDS, f"one of {POSITION_KINDS}")
+        check("streams", self.streams in STREAM_KINDS, f"one of {STREAM_KINDS}")
+        if self.streams == "concat":
+            check("tie_embeddings", not self.tie_embeddings, "False with streams 'concat'")
+        if self.tie_embeddings:
+            check("head_bias", not self.head_bias, "False with tie_embeddings")
         if self.head_dim is None:
             check("heads", self.dim % self.heads == 0, f"a divisor of dim = {self.dim}")
         width = self.head_width
@@ -187,6 +243,21 @@ class ReformerConfig:
                 and math.prod(self.axial_shape) >= self.max_length,
                 f"sizes whose product is at least max_length = {self.max_length}",
             )
+
+        if self.axial_dims is not None:
+            check("axial_sum", not self.axial_sum, "False with axial_dims")
+            check(
+                "axial_dims",
+                isinstance(self.axial_dims, tuple)
+                and all(_is_int(n, 1) for n in self.axial_dims)
+                and sum(self.axial_dims) == self.dim,
+                f"widths that sum to dim = {self.dim}",
+            )
+
+    @property
+    def output_width(self) -> int:
+        """The width of the hidden states: dim, or twice that with concatenated streams."""
+        return 2 * self.dim if self.streams == "concat" else self.dim
 
     @property
     def head_width(self) -> int:
@@ -220,12 +291,16 @@ class _FeedForwardBlock(nn.Module):
         self.positionwise_chunk_size = config.ff_chunk_size
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = ChunkedFeedForward(
-            config.dim, config.ff_hidden, activation=config.ff_activation, glu=config.ff_glu
+            config.dim,
+            config.ff_hidden,
+            activation=config.ff_activation,
+            dropout=config.ff_dropout,
+            glu=config.ff_glu,
         )
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        drops = self.training and self.dropout.p > 0.0
+        drops = self.training and (self.dropout.p > 0.0 or self.feed_forward.dropout.p > 0.0)
         return map_positions(self._chunk, x, self.positionwise_chunk_size, preserve_rng_state=drops)
 
     def _chunk(self, x: Tensor) -> Tensor:
@@ -236,8 +311,8 @@ class Reformer(nn.Module):
     """Tokens or embeddings to hidden states.
 
     Every layer is ``y1 = x1 + attention(norm(x2))``, ``y2 = x2 + feed_forward(norm(y1))``
-    (Reformer, section 3). Both streams start as the embedding; the result is the normalised mean of
-    the two. Any length; with axial or absolute positions, up to ``max_length``.
+    (Reformer, section 3). Both streams start as the embedding; the result is their mean, or the two
+    side by side, normalised. Any length; with axial or absolute positions, up to ``max_length``.
 
     In training the hash of each forward pass follows from ``hash_seed`` and the buffer
     ``hash_step``, which counts them and is saved with the weights; in evaluation it is always the
@@ -255,13 +330,22 @@ class Reformer(nn.Module):
         self.rotary: RotaryPositions | None = None
         if config.positions == "axial":
             side = math.isqrt(config.max_length - 1) + 1
-            self.positions = AxialPositions(config.axial_shape or (side, side), config.dim)
+            self.positions = AxialPositions(
+                config.axial_shape or (side, side),
+                config.dim,
+                config.axial_dims,
+                summed=config.axial_sum,
+            )
         elif config.positions == "absolute":
             self.positions = AbsolutePositions(config.max_length, config.dim)
         elif config.positions == "rotary":
             self.rotary = RotaryPositions(config.head_width, config.rotary_base)
         self.dropout = nn.Dropout(config.dropout)
-        draws = config.dropout > 0.0 or (config.attention_dropout > 0.0 and "full" in config.layers)
+        draws = (
+            config.dropout > 0.0
+            or config.ff_dropout > 0.0
+            or (config.attention_dropout > 0.0 and "full" in config.layers)
+        )
         self.layers = ReversibleStack(
             (
                 (_AttentionBlock(config, _attention(config, index)), _FeedForwardBlock(config))
@@ -270,7 +354,8 @@ class Reformer(nn.Module):
             reversible=config.reversible,
             preserve_rng_state=draws,
         )
-        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.norm = nn.LayerNorm(config.output_width, eps=config.norm_eps)
+        self.output_dropout = nn.Dropout(config.output_dropout)
         self.register_buffer("hash_step", torch.zeros(1, dtype=torch.int64))
         self._initialize()
 
@@ -311,7 +396,7 @@ class Reformer(nn.Module):
                 :mod:`reformer_ext.packed`.
 
         Returns:
-            ``(B, L, dim)``.
+            ``(B, L, config.output_width)``.
 
         Raises:
             ValueError: wrong shape, wrong cu_seqlens, more positions than there are, or than the
@@ -325,10 +410,26 @@ class Reformer(nn.Module):
         lengths = None
         if cu_seqlens is not None:
             lengths = sequence_lengths("Reformer", cu_seqlens, tokens.shape[:2], key_padding_mask)
+            if self.config.length_multiple > 1:
+                raise ValueError(
+                    "Reformer: expected a model without length_multiple with cu_seqlens, got "
+                    f"{self.config.length_multiple}"
+                )
         x = self._embed(tokens, lengths)
+        length = x.shape[1]
+        x, key_padding_mask = self._pad(x, key_padding_mask)
         f_kwargs = self._layer_kwargs(x, key_padding_mask, n_hashes, lengths)
-        y1, y2 = self.layers(x, f_kwargs=f_kwargs)
-        return self.norm((y1 + y2) / 2)
+        return self._run(x, f_kwargs)[:, :length]
+
+    def _run(
+        self,
+        x: Tensor,
+        f_kwargs: list[dict[str, Any]],
+        context: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        y1, y2 = self.layers(x, f_kwargs=f_kwargs, context=context)
+        y = torch.cat([y1, y2], dim=-1) if self.config.streams == "concat" else (y1 + y2) / 2
+        return self.output_dropout(self.norm(y))
 
     def new_cache(
         self,
@@ -414,7 +515,8 @@ class Reformer(nn.Module):
             positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
             rotary = None if self.rotary is None else self.rotary.at(positions[:, None])
             common = {"rotary": rotary, "cache_lengths": cache.lengths}
-            hidden = self._run(self._embed(tokens, at=positions), common, cache)
+            x = self._embed(tokens, at=positions)
+            hidden = self._run(x, [{**common, "cache": layer} for layer in cache.layers])
             cache.extend(torch.full_like(cache.lengths, length), length)
             return hidden
 
@@ -428,14 +530,10 @@ class Reformer(nn.Module):
             tokens = _take(tokens, order)
         rotary = None if self.rotary is None else self.rotary(length, tokens.device)
         common = {"rotary": rotary, "key_padding_mask": key_padding_mask}
-        hidden = self._run(self._embed(tokens), common, cache)
+        x = self._embed(tokens)
+        hidden = self._run(x, [{**common, "cache": layer} for layer in cache.layers])
         cache.extend(lengths, length)
         return hidden if order is None else _take(hidden, order.argsort(dim=1))
-
-    def _run(self, x: Tensor, common: dict[str, Any], cache: DecodingCache) -> Tensor:
-        f_kwargs = [{**common, "cache": layer} for layer in cache.layers]
-        y1, y2 = self.layers(x, f_kwargs=f_kwargs)
-        return self.norm((y1 + y2) / 2)
 
     def _embed(
         self, tokens: Tensor, lengths: list[int] | None = None, at: Tensor | None = None
@@ -462,6 +560,15 @@ class Reformer(nn.Module):
         (x,) = map_sequences(lambda _, x: (x + positions(x.shape[1]),), lengths, [(x, 1)], (1,))
         return self.dropout(x)
 
+    def _pad(self, x: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Masked positions up to a whole multiple of ``config.length_multiple``."""
+        excess = -x.shape[1] % self.config.length_multiple
+        if excess == 0:
+            return x, key_padding_mask
+        if key_padding_mask is None:
+            key_padding_mask = x.new_zeros(x.shape[:2], dtype=torch.bool)
+        return F.pad(x, (0, 0, 0, excess)), F.pad(key_padding_mask, (0, excess), value=True)
+
     def _layer_kwargs(
         self,
         x: Tensor,
@@ -486,7 +593,7 @@ class Reformer(nn.Module):
         if self.training:
             self.hash_step.add_(1)
             step = self.hash_step.clone()  # the buffer moves on before this pass's backward
-            if self.config.attention_dropout > 0.0:
+            if self.config.attention_dropout > 0.0 or self.config.local_attention_dropout:
                 seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
         result = []
         for index, kind in enumerate(self.config.layers):
@@ -514,15 +621,17 @@ class ReformerLM(PretrainedModel):
         super().__init__()
         self.config = config
         self.reformer = Reformer(config)
-        self.head: nn.Linear | None = None
-        if not config.tie_embeddings:
-            self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-            nn.init.normal_(self.head.weight, std=config.initializer_range)
+        self.head = lm_head(config)
 
     @property
     def output_weight(self) -> Tensor:
-        """``(vocab_size, dim)``: the head's, or the token embedding's if tied."""
+        """``(vocab_size, output_width)``: the head's, or the token embedding's if tied."""
         return self.reformer.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """``(vocab_size,)``, or None without a bias."""
+        return None if self.head is None else self.head.bias
 
     def forward(
         self,
@@ -549,7 +658,7 @@ class ReformerLM(PretrainedModel):
             cache=cache,
             cu_seqlens=cu_seqlens,
         )
-        return F.linear(hidden, self.output_weight)
+        return F.linear(hidden, self.output_weight, self.output_bias)
 
     def new_cache(self, batch: int, capacity: int, **options: Any) -> DecodingCache:
         """An empty cache for :meth:`forward`; see :meth:`Reformer.new_cache`."""
@@ -579,11 +688,22 @@ class ReformerLM(PretrainedModel):
         return chunked_lm_loss(
             hidden,
             self.output_weight,
-            None,
+            self.output_bias,
             targets,
             chunk_size=self.config.loss_chunk_size,
             reduction=reduction,
         )
+
+
+def lm_head(config: ReformerConfig) -> nn.Linear | None:
+    """From hidden states to the vocabulary; None if the embedding serves."""
+    if config.tie_embeddings:
+        return None
+    head = nn.Linear(config.output_width, config.vocab_size, bias=config.head_bias)
+    nn.init.normal_(head.weight, std=config.initializer_range)
+    if config.head_bias:
+        nn.init.zeros_(head.bias)
+    return head
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
@@ -610,10 +730,13 @@ def _attention(config: ReformerConfig, index: int) -> nn.Module:
             chunk_size=config.chunk_size,
             n_buckets=config.n_buckets,
             causal=config.causal,
+            look_back=config.look_back,
+            look_ahead=config.look_ahead,
             same_bucket=config.same_bucket,
             correct_duplicates=config.correct_duplicates,
             scale=config.shared_qk_scale,
             dropout=config.attention_dropout,
+            out_bias=config.attention_out_bias,
             hash_seed=config.hash_seed + index,
             rotary_before_hash=config.rotary_before_hash,
         )
@@ -624,7 +747,13 @@ def _attention(config: ReformerConfig, index: int) -> nn.Module:
             head_dim=config.head_dim,
             chunk_size=config.local_chunk_size,
             causal=config.causal,
-            dropout=config.attention_dropout,
+            look_back=config.local_look_back,
+            look_ahead=config.local_look_ahead,
+            wrap=config.local_wrap,
+            dropout=config.attention_dropout
+            if config.local_attention_dropout is None
+            else config.local_attention_dropout,
+            out_bias=config.attention_out_bias,
         )
     return FullSelfAttention(
         config.dim,
@@ -634,4 +763,5 @@ def _attention(config: ReformerConfig, index: int) -> nn.Module:
         shared_qk=config.full_shared_qk,
         scale=config.shared_qk_scale if config.full_shared_qk else None,
         dropout=config.attention_dropout,
+        out_bias=config.attention_out_bias,
     )

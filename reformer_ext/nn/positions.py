@@ -42,26 +42,41 @@ class AxialPositions(nn.Module):
         shape: of the grid, e.g. ``(256, 256)`` for 65,536 positions.
         dim: width of a position's vector.
         dims: width per axis, summing to dim; default: as even as possible.
+        summed: the vectors of the axes, each dim wide, are added up instead of joined (as in
+            reformer-pytorch).
 
     Raises:
         ValueError: naming the argument.
     """
 
-    def __init__(self, shape: Sequence[int], dim: int, dims: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dim: int,
+        dims: Sequence[int] | None = None,
+        *,
+        summed: bool = False,
+    ) -> None:
         super().__init__()
         if not shape or any(size < 1 for size in shape):
             raise ValueError(
                 f"AxialPositions: expected shape of positive sizes, got {tuple(shape)}"
             )
-        if dims is None:
+        if summed and dims is not None:
+            raise ValueError(f"AxialPositions: expected no dims if summed, got {tuple(dims)}")
+        if summed:
+            dims = [dim] * len(shape)
+        elif dims is None:
             small, larger = divmod(dim, len(shape))
             dims = [small + (axis < larger) for axis in range(len(shape))]
-        if len(dims) != len(shape) or sum(dims) != dim or any(width < 1 for width in dims):
+        total = len(shape) * dim if summed else dim
+        if len(dims) != len(shape) or sum(dims) != total or any(width < 1 for width in dims):
             raise ValueError(
-                f"AxialPositions: expected {len(shape)} positive dims that sum to {dim}, "
+                f"AxialPositions: expected {len(shape)} positive dims that sum to {total}, "
                 f"got {tuple(dims)}"
             )
         self.shape = tuple(shape)
+        self.summed = summed
         self.weights = nn.ParameterList(
             torch.empty(size, width) for size, width in zip(shape, dims, strict=True)
         )
@@ -79,7 +94,8 @@ class AxialPositions(nn.Module):
             view = [1] * len(grid) + [weight.shape[1]]
             view[axis] = grid[axis]
             parts.append(weight[: grid[axis]].view(view).expand(*grid, -1))
-        return torch.cat(parts, dim=-1).flatten(0, -2)[:length]
+        vectors = torch.stack(parts).sum(dim=0) if self.summed else torch.cat(parts, dim=-1)
+        return vectors.flatten(0, -2)[:length]
 
     def at(self, positions: Tensor) -> Tensor:
         """The vectors of ``positions``, int64 ``(...)`` below ``prod(shape)``: ``(..., dim)``."""

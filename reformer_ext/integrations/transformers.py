@@ -1,0 +1,358 @@
+"""Hugging Face transformers' Reformer: its models as ours, ours as its, and its own made fast.
+
+Written against transformers 4.57. Given the same rotations and buckets, both compute the same
+function, but for one constant: transformers adds 1e-6 to the mean square of a key before it divides
+by the root, which changes logits by a relative 5e-7 where that mean square is 1.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import AxialPositions, Reformer, ReformerConfig, ReformerLM
+from ._weights import Weight, affine, axial, load_weights, read_weights, write_weights
+
+__all__ = ["accelerate", "from_transformers", "to_transformers"]
+
+_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
+
+
+def from_transformers(
+    source: Any, state_dict: Mapping[str, Tensor] | None = None
+) -> Reformer | ReformerLM:
+    """Our model with the configuration and the weights of one of transformers.
+
+    Outputs at positions that are not padding are transformers', given the same hash. That is ours
+    here: a function of ``hash_seed`` and of the training step, without the global generator, and
+    with ``num_buckets=None`` over our default number of buckets. Unlike transformers, training
+    takes any length, any number of forwards before a backward, and frozen embeddings. Two limits:
+
+    * where the chunks of all rounds together are fewer than the chunks that a query looks at,
+      transformers counts some of them twice; we do not;
+    * in training, transformers drops hidden activations before the activation function (the same
+      with "relu"), and drops whole rows of axial positions.
+
+    Args:
+        source: a ``ReformerModel``, ``ReformerModelWithLMHead`` or ``ReformerForMaskedLM``; or,
+            with a state dict, a transformers ``ReformerConfig``.
+        state_dict: the weights of one of these.
+
+    Returns:
+        :class:`Reformer` for a bare ``ReformerModel``, else :class:`ReformerLM`, with a copy of the
+        weights on their device and in their dtype; in evaluation mode unless the source trains.
+
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError: source is something else.
+        ValueError: a configuration value without a counterpart here, missing or unknown weights,
+            or weights of another shape.
+    """
+    peer = _peer()
+    if state_dict is None:
+        models = (peer.ReformerModel, peer.ReformerModelWithLMHead, peer.ReformerForMaskedLM)
+        if not isinstance(source, models):
+            raise TypeError(
+                "from_transformers: expected ReformerModel, ReformerModelWithLMHead or "
+                f"ReformerForMaskedLM (of models with other heads, pass model.reformer), or a "
+                f"ReformerConfig and a state dict, got {type(source).__name__}"
+            )
+        config, training = source.config, source.training
+        state = source.state_dict()
+    else:
+        if not isinstance(source, peer.ReformerConfig):
+            raise TypeError(
+                "from_transformers: expected a transformers ReformerConfig with the state dict, "
+                f"got {type(source).__name__}"
+            )
+        config, training = source, False
+        state = dict(state_dict)
+    has_head = any(name.startswith("reformer.") for name in state)
+    if has_head:
+        _join_head_biases(state)
+    ours = _config_from(config, has_head)
+    model = ReformerLM(ours) if has_head else Reformer(ours)
+    weights = read_weights(
+        "from_transformers",
+        _weights(model),
+        state,
+        model.state_dict(),
+        # Constants that old versions saved.
+        lambda name: re.search(r"\.(self_)?mask_value_float(16|32)$", name) is not None,
+    )
+    load_weights(model, weights)
+    return model.train(training)
+
+
+def to_transformers(model: Reformer | ReformerLM) -> tuple[Any, dict[str, Tensor]]:
+    """The transformers configuration of a model, and a copy of its weights under their names there.
+
+    >>> config, weights = to_transformers(model)
+    >>> theirs = transformers.ReformerModelWithLMHead(config)
+    >>> theirs.load_state_dict(weights)
+
+    ``config.architectures`` names the class: ``ReformerModel``, ``ReformerModelWithLMHead``
+    (causal) or ``ReformerForMaskedLM``. ``hash_seed`` 0 becomes None, a new hash at each call.
+    Undoes :func:`from_transformers` exactly, but for ``chunk_size_lm_head``, which is left at 0:
+    in transformers chunks have to divide the length.
+
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError: model is something else.
+        ValueError: a field of ``model.config`` that transformers cannot express.
+    """
+    peer = _peer()
+    if not isinstance(model, (Reformer, ReformerLM)):
+        raise TypeError(
+            f"to_transformers: expected Reformer or ReformerLM, got {type(model).__name__}"
+        )
+    config = _config_to(peer, model)
+    weights = write_weights(_weights(model), model.state_dict())
+    if isinstance(model, ReformerLM):
+        weights["lm_head.bias"] = weights["lm_head.decoder.bias"]  # one parameter, two names
+    return config, weights
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Makes the Reformer layers of a live transformers model compute with our operators, in place.
+
+    Outputs, buckets, caches, state dicts and the model's interface stay what they are, for every
+    model of transformers that has Reformer attention inside; the rotations come from ``hash_seed``
+    as before, or, without one, from torch's global generator. A position that sees itself alone,
+    like the first of a causal sequence, gets exactly its value, which transformers rounds (to 0.4 %
+    in float32). What improves beside time and memory:
+
+    * gradients are right with dropout, whose masks the reversible backward of transformers does not
+      repeat in LSH layers, and with ``num_hashes`` given in a training step, which fails there;
+    * several forwards may precede a backward, a backward in evaluation mode works, layers train
+      under frozen embeddings;
+    * ``torch.manual_seed`` makes training reproducible; nothing else seeds the global generator.
+
+    transformers' own code still runs where we have no counterpart: decoding with a filled cache,
+    ``head_mask``, ``output_attentions``, and lines so short that a query looks at a chunk twice.
+    Forward hooks of ``ReformerLayer`` and ``ReformerAttention`` are not called; those of the
+    modules in them are.
+
+    Args:
+        model: e.g. a ``ReformerModelWithLMHead``; any module that contains one, or a layer. Its
+            heads: at most 256 wide, on CUDA a multiple of 8.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: no Reformer attention inside, or heads wider than 256; nothing is changed.
+    """
+    _peer()
+    from . import _transformers_layers
+
+    return _transformers_layers.accelerate(model)
+
+
+def _peer() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "reformer_ext.integrations.transformers needs the package transformers "
+            "(pip install transformers)"
+        ) from error
+    return transformers
+
+
+def _length_multiple(layers: tuple[str, ...], chunk_sizes: dict[str, int]) -> int:
+    """What transformers pads to; 1 where padding adds no chunk."""
+    sizes = {chunk_sizes[kind] for kind in layers}
+    return 1 if len(sizes) == 1 else math.lcm(*sizes)
+
+
+def _config_from(config: Any, has_head: bool) -> ReformerConfig:
+    def check(name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise ValueError(
+                f"from_transformers: expected {name} to be {expected}, "
+                f"got {getattr(config, name)!r}"
+            )
+
+    layers = tuple(config.attn_layers)
+    check("attn_layers", set(layers) <= {"local", "lsh"}, "'local' and 'lsh' only")
+    check(
+        "hidden_act",
+        isinstance(config.hidden_act, str) and config.hidden_act in _ACTIVATIONS,
+        f"one of {sorted(_ACTIVATIONS)}",
+    )
+    if has_head:  # tied, its head would be half as wide as its input
+        check("tie_word_embeddings", not config.tie_word_embeddings, "False")
+    axial = config.axial_pos_embds
+    max_length = config.max_position_embeddings
+    return ReformerConfig(
+        vocab_size=config.vocab_size,
+        dim=config.hidden_size,
+        layers=layers,
+        heads=config.num_attention_heads,
+        head_dim=config.attention_head_size,
+        ff_hidden=config.feed_forward_size,
+        ff_chunk_size=config.chunk_size_feed_forward,
+        ff_activation=_ACTIVATIONS[config.hidden_act],
+        n_hashes=config.num_hashes,
+        chunk_size=config.lsh_attn_chunk_length,
+        n_buckets=config.num_buckets,
+        look_back=config.lsh_num_chunks_before,
+        look_ahead=config.lsh_num_chunks_after,
+        local_chunk_size=config.local_attn_chunk_length,
+        local_look_back=config.local_num_chunks_before,
+        local_look_ahead=config.local_num_chunks_after,
+        local_wrap=True,
+        causal=config.is_decoder,
+        shared_qk_scale=1.0,
+        attention_dropout=config.lsh_attention_probs_dropout_prob,
+        local_attention_dropout=config.local_attention_probs_dropout_prob,
+        ff_dropout=config.hidden_dropout_prob,
+        dropout=config.hidden_dropout_prob,
+        output_dropout=config.hidden_dropout_prob,
+        positions="axial" if axial else "absolute",
+        axial_shape=tuple(config.axial_pos_shape) if axial else None,
+        axial_dims=tuple(config.axial_pos_embds_dim) if axial else None,
+        max_length=min(max_length, math.prod(config.axial_pos_shape)) if axial else max_length,
+        length_multiple=_length_multiple(
+            layers, {"lsh": config.lsh_attn_chunk_length, "local": config.local_attn_chunk_length}
+        ),
+        streams="concat",
+        head_bias=True,
+        hash_seed=config.hash_seed or 0,
+        norm_eps=config.layer_norm_eps,
+        initializer_range=config.initializer_range,
+    )
+
+
+def _config_to(peer: Any, model: Reformer | ReformerLM) -> Any:
+    config, has_head = model.config, isinstance(model, ReformerLM)
+
+    def check(name: str, condition: bool, expected: object) -> None:
+        if not condition:
+            raise ValueError(
+                f"to_transformers: expected config.{name} to be {expected}, "
+                f"got {getattr(config, name)!r}"
+            )
+
+    check("layers", set(config.layers) <= {"local", "lsh"}, "'local' and 'lsh' only")
+    check("positions", config.positions in ("axial", "absolute"), "'axial' or 'absolute'")
+    required: dict[str, object] = {
+        "streams": "concat",
+        "ff_glu": False,
+        "attention_out_bias": False,
+        "axial_sum": False,
+        "ff_dropout": config.dropout,
+        "output_dropout": config.dropout,
+        "length_multiple": _length_multiple(
+            config.layers, {"lsh": config.chunk_size, "local": config.local_chunk_size}
+        ),
+    }
+    if has_head:
+        required["head_bias"] = True
+    if "lsh" in config.layers:
+        required.update(same_bucket=False, correct_duplicates=False, shared_qk_scale=1.0)
+    if "local" in config.layers:
+        required["local_wrap"] = True
+    for name, value in required.items():
+        check(name, getattr(config, name) == value, repr(value))
+
+    ahead = 0 if config.causal else 1
+    positions: dict[str, Any] = {"axial_pos_embds": False}
+    table = _reformer(model).positions
+    if isinstance(table, AxialPositions):
+        widths = [weight.shape[1] for weight in table.weights]
+        positions = {"axial_pos_shape": table.shape, "axial_pos_embds_dim": widths}
+    architecture = "ReformerModel"
+    if has_head:
+        architecture = "ReformerModelWithLMHead" if config.causal else "ReformerForMaskedLM"
+    local_dropout = config.local_attention_dropout
+    return peer.ReformerConfig(
+        architectures=[architecture],
+        vocab_size=config.vocab_size,
+        hidden_size=config.dim,
+        attn_layers=list(config.layers),
+        num_attention_heads=config.heads,
+        attention_head_size=config.head_width,
+        feed_forward_size=4 * config.dim if config.ff_hidden is None else config.ff_hidden,
+        chunk_size_feed_forward=config.ff_chunk_size,
+        hidden_act=config.ff_activation,
+        num_hashes=config.n_hashes,
+        lsh_attn_chunk_length=config.chunk_size,
+        num_buckets=config.n_buckets,
+        lsh_num_chunks_before=config.look_back,
+        lsh_num_chunks_after=ahead if config.look_ahead is None else config.look_ahead,
+        local_attn_chunk_length=config.local_chunk_size,
+        local_num_chunks_before=config.local_look_back,
+        local_num_chunks_after=(
+            ahead if config.local_look_ahead is None else config.local_look_ahead
+        ),
+        is_decoder=config.causal,
+        lsh_attention_probs_dropout_prob=config.attention_dropout,
+        local_attention_probs_dropout_prob=(
+            config.attention_dropout if local_dropout is None else local_dropout
+        ),
+        hidden_dropout_prob=config.dropout,
+        max_position_embeddings=config.max_length,
+        hash_seed=config.hash_seed or None,
+        layer_norm_eps=config.norm_eps,
+        initializer_range=config.initializer_range,
+        tie_word_embeddings=False,
+        **positions,
+    )
+
+
+def _reformer(model: Reformer | ReformerLM) -> Reformer:
+    return model.reformer if isinstance(model, ReformerLM) else model
+
+
+def _weights(model: Reformer | ReformerLM) -> list[Weight]:
+    """Our weights and those of ``ReformerModel``, or of the language models around it."""
+    prefix = "reformer." if isinstance(model, ReformerLM) else ""
+    table = _reformer(model).positions
+    ours, theirs = f"{prefix}positions", f"{prefix}embeddings.position_embeddings"
+    result = [
+        Weight(f"{prefix}embedding.weight", (f"{prefix}embeddings.word_embeddings.weight",)),
+        *(
+            axial(table, f"{ours}.weights", f"{theirs}.weights", 0)
+            if isinstance(table, AxialPositions)
+            else [Weight(f"{ours}.weight", (f"{theirs}.embedding.weight",))]
+        ),
+    ]
+    for index, kind in enumerate(model.config.layers):
+        f, g = (f"{prefix}layers.blocks.{index}.{block}" for block in "fg")
+        attention = f"{prefix}encoder.layers.{index}.attention"
+        feed_forward = f"{prefix}encoder.layers.{index}.feed_forward"
+        projections = ("query_key", "value") if kind == "lsh" else ("query", "key", "value")
+        sources = tuple(f"{attention}.self_attention.{name}.weight" for name in projections)
+        result += [
+            *affine(f"{f}.norm", f"{attention}.layer_norm"),
+            Weight(f"{f}.attention.in_proj.weight", sources),
+            Weight(f"{f}.attention.out_proj.weight", (f"{attention}.output.dense.weight",)),
+            *affine(f"{g}.norm", f"{feed_forward}.layer_norm"),
+            *affine(f"{g}.feed_forward.in_proj", f"{feed_forward}.dense.dense"),
+            *affine(f"{g}.feed_forward.out_proj", f"{feed_forward}.output.dense"),
+        ]
+    result += affine(f"{prefix}norm", f"{prefix}encoder.layer_norm")
+    if isinstance(model, ReformerLM):
+        result += affine("head", "lm_head.decoder")
+    return result
+
+
+def _join_head_biases(state: dict[str, Tensor]) -> None:
+    """transformers has one bias under two names; files may hold either or both."""
+    alone = state.pop("lm_head.bias", None)
+    if alone is None:
+        return
+    bias = state.setdefault("lm_head.decoder.bias", alone)
+    if not torch.equal(bias, alone):
+        raise ValueError(
+            "from_transformers: expected lm_head.bias equal to lm_head.decoder.bias, "
+            "got two different tensors"
+        )
