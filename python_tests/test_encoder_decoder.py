@@ -449,6 +449,22 @@ def test_memory_does_not_grow_with_the_decoder() -> None:
     assert totals[0] == totals[1]
 
 
+@pytest.mark.parametrize("cross", ["full", "lsh"])
+def test_autocast(cross: str) -> None:
+    data = batch()
+    found = []
+    for model in models(cross, layers=("lsh", "local")):
+        model.float().eval()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model.loss(**data, targets=data["tokens"])
+        loss.backward()
+        found.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+    assert torch.equal(found[0][0], found[1][0])
+    for name, expected in found[1][1].items():
+        error = (found[0][1][name] - expected).abs().max() / expected.abs().max()
+        assert error < 3e-2, f"{name}: relative error {error:.1e}"
+
+
 def test_training_in_autocast_learns_to_copy() -> None:
     model = models(("full",) * 3, ff_hidden=32, positions="absolute")[0].float()
     source = torch.randint(1, 20, (8, 6))

@@ -5,8 +5,9 @@ length, sequence i being the positions ``cu_seqlens[i] .. cu_seqlens[i + 1] - 1`
 from one sequence to another: the result is that of the sequences one by one. Sequences of equal
 length run as one batch, so that the number of launches follows the number of different lengths.
 
-The lengths are needed on the host. Give ``cu_seqlens`` as ints or as a CPU tensor; a CUDA tensor
-is accepted and costs a synchronisation.
+The lengths are needed on the host. Give ``cu_seqlens`` as ints or as a CPU tensor (as ints under
+``torch.compile``, which compiles for these lengths); a CUDA tensor is accepted and costs a
+synchronisation.
 """
 
 from __future__ import annotations
