@@ -279,7 +279,7 @@ def captured_mass(
         _check(op, "k", k.shape == qk.shape, f"{list(qk.shape)} as qk", list(k.shape))
     _check(op, "top_k", top_k >= 1, "at least 1", top_k)
     batch, heads, length, head_dim = qk.shape
-    windows = _Windows.checked(
+    windows = _Windows(
         op,
         (batch, heads, length),
         order,
@@ -355,7 +355,7 @@ def round_collisions(
     op = "round_collisions"
     _check(op, "order", order.dim() == 4, "[B, H, R, L]", list(order.shape))
     batch, heads, rounds, length = order.shape
-    windows = _Windows.checked(
+    windows = _Windows(
         op,
         (batch, heads, length),
         order,
@@ -399,7 +399,8 @@ def inspect_model(
     Args:
         model: a Reformer, or a language model around one.
         tokens, key_padding_mask, n_hashes: as in :meth:`Reformer.forward`. More rounds than the
-            model was trained with show what they would capture.
+            model was trained with show what they would capture; each number of rounds draws its
+            own hash.
         n_queries: at most how many queries of each sequence to look at.
         top_k: as in :func:`captured_mass`.
 
@@ -504,24 +505,14 @@ def _inspect_local(
     return LayerReport(index, "local", mass)
 
 
-@dataclass(frozen=True, eq=False)
 class _Windows:
-    """Which keys the queries of a chunked attention meet. Fields as its arguments."""
+    """Which keys the queries of a chunked attention meet; arguments as its.
 
-    order: Tensor  # int64 (B, H, R, L)
-    place: Tensor  # its inverse: where a position is in each round's list
-    chunk_size: int
-    look_back: int
-    look_ahead: int
-    causal: bool
-    mask_self: bool
-    wrap: bool
-    key_padding_mask: Tensor | None
-    buckets: Tensor | None
+    Raises ValueError in the name of ``op``, for tensors of ``shape`` (B, H, L).
+    """
 
-    @classmethod
-    def checked(
-        cls,
+    def __init__(
+        self,
         op: str,
         shape: tuple[int, int, int],
         order: Tensor | None,
@@ -535,8 +526,7 @@ class _Windows:
         key_padding_mask: Tensor | None,
         buckets: Tensor | None,
         device: torch.device,
-    ) -> _Windows:
-        """Of tensors of ``shape`` (B, H, L); raises ValueError in the name of ``op``."""
+    ) -> None:
         batch, heads, length = shape
         _check(op, "the length", length >= 1, "at least 1", length)
         _check(op, "chunk_size", chunk_size >= 1, "at least 1", chunk_size)
@@ -576,38 +566,29 @@ class _Windows:
                 f"bool {[batch, length]}",
                 f"{key_padding_mask.dtype} {list(key_padding_mask.shape)}",
             )
-        place = torch.empty_like(order, memory_format=torch.contiguous_format)
-        place.scatter_(-1, order, positions.expand_as(order))
-        return cls(
-            order=order,
-            place=place,
-            chunk_size=min(chunk_size, length),
-            look_back=look_back,
-            look_ahead=look_ahead,
-            causal=causal,
-            mask_self=mask_self,
-            wrap=wrap,
-            key_padding_mask=key_padding_mask,
-            buckets=buckets,
-        )
-
-    @property
-    def rounds(self) -> int:
-        return self.order.shape[2]
-
-    @property
-    def _offsets(self) -> Tensor:
-        """The chunks of a window, relative to the query's: a set, none twice."""
-        chunks = -(-self.order.shape[-1] // self.chunk_size)
-        line = self.rounds * chunks if self.wrap else chunks
-        back, ahead = (min(n, line - 1) for n in (self.look_back, self.look_ahead))
-        offsets = torch.arange(-back, ahead + 1, device=self.order.device)
-        return offsets[:line] if self.wrap else offsets
+        self.order = order
+        self.rounds = order.shape[2]
+        # The inverse: where a position is in each round's list.
+        self.place = torch.empty_like(order, memory_format=torch.contiguous_format)
+        self.place.scatter_(-1, order, positions.expand_as(order))
+        self.chunk_size = min(chunk_size, length)
+        self.chunks = -(-length // chunk_size)  # of a round
+        # The chunks of a window, relative to the query's: a set, none twice.
+        line = self.rounds * self.chunks if wrap else self.chunks
+        back, ahead = min(look_back, line - 1), min(look_ahead, line - 1)
+        self.offsets = torch.arange(-back, ahead + 1, device=device)
+        if wrap:
+            self.offsets = self.offsets[:line]
+        self.causal = causal
+        self.mask_self = mask_self
+        self.wrap = wrap
+        self.key_padding_mask = key_padding_mask
+        self.buckets = buckets
 
     @property
     def n_slots(self) -> int:
         """Slots of a query, valid or not."""
-        return self.rounds * len(self._offsets) * self.chunk_size
+        return self.rounds * len(self.offsets) * self.chunk_size
 
     def blocks(self, queries: Tensor, columns: int = 1) -> Iterator[Tensor]:
         """The queries in blocks, such that no temporary of a block is large. ``columns``: elements
@@ -623,11 +604,10 @@ class _Windows:
             ``keys``; ``valid``, which slots count; ``times``, how many slots a key has, at the
             first of them, else 0.
         """
-        rounds, length = self.order.shape[2:]
-        chunks = -(-length // self.chunk_size)
+        rounds, chunks, length = self.rounds, self.chunks, self.order.shape[-1]
         device = self.order.device
         query_round = torch.arange(rounds, device=device).view(rounds, 1, 1)
-        near = (self.place[..., queries] // self.chunk_size)[..., None] + self._offsets
+        near = (self.place[..., queries] // self.chunk_size)[..., None] + self.offsets
         valid = torch.ones_like(near, dtype=torch.bool)
         if not self.wrap:
             valid = (near >= 0) & (near < chunks)

@@ -57,7 +57,7 @@ _COLUMNS = (
         "the same for as many keys at random, on average: the share of the keys that are met",
     ),
     _Column("recall", "top keys", 3, "share of a query's likeliest keys that it meets"),
-    _Column("repeated", "repeated", 3, "share of the slots with a key that another slot has, too"),
+    _Column("repeated", "repeated", 3, "share of the slots whose key an earlier slot has already"),
     _Column("load", "fullest", 2, "positions in the fullest bucket, in chunks"),
     _Column("empty", "empty", 3, "share of the buckets without a position"),
     _Column("entropy", "entropy", 3, "evenness of the buckets: 1 if all are equally full"),
@@ -262,14 +262,14 @@ def _draw_mass(axes: Any, mass: CapturedMass) -> None:
     for number, head in enumerate(heads):
         axes.plot(rounds, head, color="C0", alpha=0.3, linewidth=1, label="" if number else "heads")
     for values, style, label in (
-        (mass.best, {"color": "0.4", "linestyle": "--"}, "likeliest"),
+        (mass.best, {"color": "0.4", "linestyle": "--", "marker": "."}, "likeliest"),
         (mass.mass, {"color": "C0", "marker": "o", "markersize": 4}, "met"),
-        (mass.uniform, {"color": "0.4", "linestyle": ":"}, "random"),
+        (mass.uniform, {"color": "0.4", "linestyle": ":", "marker": "."}, "random"),
     ):
         axes.plot(rounds, _by_round(values).mean(dim=0), label=label, **style)
     axes.set(title="attention captured by the keys", xlabel="hash rounds", ylim=(0, 1.02))
+    axes.set_xlim(0.5, len(rounds) + 0.5)
     _finish(axes)
-    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_sizes(axes: Any, occupancy: BucketOccupancy) -> None:
@@ -293,11 +293,12 @@ def _draw_new(axes: Any, collisions: RoundCollisions) -> None:
     axes.bar(rounds, new, color="C0", label="new")
     axes.bar(rounds, again, bottom=new, color="0.85", label="met before")
     axes.set(title="keys that a query meets", xlabel="hash round")
+    axes.set_xlim(0.5, len(rounds) + 0.5)
     _finish(axes)
-    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _finish(axes: Any) -> None:
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(
