@@ -360,6 +360,7 @@ HASH_CASES: list[HashCase] = [
     _H("expanded", layout="expanded"),
     _H("batch-0", batch=0),
     _H("large", values="large"),
+    _H("norms", values="norms"),
     _H("zeros", values="zeros"),
     _H("equal", values="equal"),
 ]
