@@ -20,7 +20,7 @@ import torch
 from . import measure, plot, report
 from .case import DTYPES, VARIANTS, Call, Case, Workload, cases
 from .check import check, check_peer
-from .peers import peers
+from .peers import Peer, peers
 
 
 def comma_separated(kind: Callable[[str], object], allowed: tuple[str, ...] = ()) -> Callable:
@@ -87,24 +87,36 @@ def measure_case(case: Case, args: argparse.Namespace) -> dict[str, object]:
         if args.kernels and name in report.OURS:
             rows[name]["kernels"] = measure.kernels(calls[0], case.device)
     for peer in peers(case) if args.peers else ():
-        if isinstance(peer.forward, str):
-            rows[peer.name] = {"skipped": peer.forward}
-            continue
-        timings: dict[str, Callable[..., list[Call]]] = {}
-        if "fwd" in modes:
-            timings["forward"] = work.forwards
-        if "bwd" in modes:
-            timings["forward+backward"] = work.both
-        for mode, calls_of in timings.items():
-            name = f"{peer.name}: {mode}"
-            try:
-                error = None if peer.sees is None else check_peer(peer.forward, peer.sees, work)
-                rows[name] = {**measure.timed(calls_of(peer.forward), case.device), "error": error}
-            except (RuntimeError, ValueError) as reason:  # out of memory, or not supported
-                rows[name] = {"skipped": str(reason).strip().splitlines()[0]}
-            if case.device == "cuda":
-                torch.cuda.empty_cache()
+        rows |= measure_peer(peer, work, modes)
+        if case.device == "cuda":
+            torch.cuda.empty_cache()
     return {**vars(case), "n_buckets": None if case.local else case.n_buckets, "results": rows}
+
+
+def measure_peer(peer: Peer, work: Workload, modes: set[str]) -> dict[str, dict]:
+    """Its rows, or one that says why it cannot run."""
+    if isinstance(peer.forward, str):
+        return {peer.name: {"skipped": peer.forward}}
+    ways: dict[str, Callable[..., list[Call]]] = {}
+    if "fwd" in modes:
+        ways["forward"] = work.forwards
+    if "bwd" in modes:
+        ways["forward+backward"] = work.both
+    rows: dict[str, dict] = {}
+    error = None
+    for mode, calls_of in ways.items():
+        name = f"{peer.name}: {mode}"
+        try:
+            if peer.sees is not None and error is None:
+                error = check_peer(peer.forward, peer.sees, work)
+            rows[name] = {
+                **measure.timed(calls_of(peer.forward), work.case.device),
+                "error": error,
+            }
+        except (RuntimeError, ValueError) as reason:  # out of memory, or not supported
+            message = str(reason).strip() or type(reason).__name__
+            rows[name] = {"skipped": message.splitlines()[0]}
+    return rows
 
 
 def main() -> None:

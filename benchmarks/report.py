@@ -52,7 +52,7 @@ def lines(entry: Row, ceilings: Row) -> Iterator[str]:
     results = entry["results"]
     yield (
         f"  {'':46}{'ms':>10} {'[quartiles]':^21}{'error':>8}{'MiB':>9}"
-        f"{'TFLOP/s (roof)':>16}{'GB/s (roof)':>16}{'to ours':>9}"
+        f"{'TFLOP/s (roof)':>16}{'GB/s (roof)':>16}{'/ ours':>9}"
     )
     for name, row in results.items():
         if "skipped" in row:

@@ -37,7 +37,7 @@ class AttentionCase:
     correct_duplicates: bool = False
     dropout_p: float = 0.0
     layout: str = "contiguous"  # transposed, sliced or expanded
-    values: str = "normal"  # large, equal or zeros
+    values: str = "normal"  # large, equal, zeros; of queries and keys also norms, denormal
 
     def __str__(self) -> str:
         return self.id
@@ -69,15 +69,22 @@ class AttentionCase:
         """``q``, ``k`` unless shared, and ``v``: leaves in the case's memory layout."""
         generator = torch.Generator().manual_seed(1000 * seed + self.length)
         return {
-            name: self._vectors(generator, device, dtype).requires_grad_(requires_grad)
+            name: self._vectors(name, generator, device, dtype).requires_grad_(requires_grad)
             for name in (("q", "v") if self.shared else ("q", "v", "k"))
         }
 
-    def _vectors(self, generator: torch.Generator, device: str, dtype: torch.dtype) -> Tensor:
+    def _vectors(
+        self, name: str, generator: torch.Generator, device: str, dtype: torch.dtype
+    ) -> Tensor:
         shape = (self.batch, self.heads, self.length, self.head_dim)
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         if self.values == "large":
             x = 1e3 * torch.nn.functional.normalize(x, dim=-1)
+        elif self.values == "norms" and name != "v":  # from 0.1 to 1e3
+            exponents = torch.rand(*shape[:3], 1, generator=generator, dtype=torch.float64)
+            x = 10.0 ** (4.0 * exponents - 1.0) * torch.nn.functional.normalize(x, dim=-1)
+        elif self.values == "denormal" and name != "v":  # float32, bfloat16; zero in float16
+            x = 1e-40 * x
         elif self.values == "equal":
             x = x[:, :, :1].expand(shape)
         elif self.values == "zeros":
@@ -231,6 +238,10 @@ ATTENTION_CASES: list[AttentionCase] = [
     _C("expanded", batch=2, heads=3, layout="expanded"),
     _C("large", values="large", length=65, causal=True),
     _C("large-separate", values="large", length=65, shared=False, scale=1e-4),
+    _C("norms", values="norms", length=65, causal=True),
+    _C("norms-separate", values="norms", length=65, shared=False, scale=1e-4),
+    _C("denormal", values="denormal", length=65),
+    _C("denormal-separate", values="denormal", length=65, shared=False, causal=True),
     _C("equal", values="equal", length=65, rounds=3),
     _C("zeros", values="zeros", length=65),
     _C("zeros-separate", values="zeros", length=65, shared=False, causal=True),
@@ -349,6 +360,7 @@ HASH_CASES: list[HashCase] = [
     _H("expanded", layout="expanded"),
     _H("batch-0", batch=0),
     _H("large", values="large"),
+    _H("norms", values="norms"),
     _H("zeros", values="zeros"),
     _H("equal", values="equal"),
 ]

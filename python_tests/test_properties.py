@@ -10,42 +10,13 @@ from cases import AttentionCase
 from torch import Tensor
 
 import reformer_ext
-from reformer_ext import reference
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
+from strategies import attention_cases, booleans, chunk_sizes  # noqa: E402 needs hypothesis
+
 FEW = settings(derandomize=True, deadline=None, database=None, max_examples=30)
-
-booleans = st.booleans()
-chunk_sizes = st.sampled_from([1, 3, 4, 8, 16, 50])
-
-
-@st.composite
-def attention_cases(draw: object, **fixed: object) -> AttentionCase:
-    """Any combination of flags in small sizes."""
-    choices = {
-        "batch": st.integers(1, 2),
-        "heads": st.integers(1, 2),
-        "length": st.integers(1, 40),
-        "head_dim": st.sampled_from([1, 4, 8, 16]),
-        "rounds": st.integers(0, 4),
-        "n_buckets": st.integers(1, 9),
-        "shared": booleans,
-        "chunk_size": chunk_sizes,
-        "look_back": st.integers(0, 3),
-        "look_ahead": st.integers(0, 2),
-        "causal": booleans,
-        "mask_self": st.sampled_from([None, False, True]),
-        "wrap": st.sampled_from([None, False, True]),
-        "padding": st.sampled_from([None, "tail", "head", "scattered", "row"]),
-        "same_bucket": booleans,
-        "correct_duplicates": booleans,
-        "dropout_p": st.sampled_from([0.0, 0.3]),
-        "layout": st.sampled_from(["contiguous", "transposed", "sliced"]),
-    }
-    values = {name: draw(choice) for name, choice in choices.items() if name not in fixed}  # type: ignore[operator]
-    return AttentionCase("drawn", **values, **fixed)  # type: ignore[arg-type]
 
 
 def run(
@@ -75,23 +46,6 @@ def assert_equal(
         if at is not None:
             value, want = value[at], want[at]
         torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-10)
-
-
-@settings(FEW, max_examples=150)
-@given(case=attention_cases())
-def test_any_flags_are_the_reference(case: AttentionCase) -> None:
-    indices = case.indices("cpu")
-    results = []
-    for implementation in (reformer_ext, reference):
-        vectors = case.vectors("cpu", torch.float64)
-        out, lse = run(implementation, case, vectors, indices)
-        generator = torch.Generator().manual_seed(2)
-        cotangents = [
-            torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (out, lse)
-        ]
-        grads = torch.autograd.grad((out, lse), list(vectors.values()), cotangents)
-        results.append((out.detach(), lse.detach(), *grads))
-    assert_equal(*results)
 
 
 @FEW

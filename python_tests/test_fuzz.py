@@ -1,0 +1,163 @@
+"""Random shapes, flags and values against the float64 reference, gradients included.
+
+200 cases, the same every time; ``REFORMER_FUZZ=2000 pytest python_tests/test_fuzz.py`` draws that
+many new ones. A failure is shrunk, and printed with a line that repeats it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+
+import pytest
+import torch
+from cases import AttentionCase
+from conftest import device_dtypes
+from test_ops import (
+    assert_accurate,
+    attend,
+    attention_cotangents,
+    differentiate,
+    upcast,
+)
+from torch import Tensor
+
+import reformer_ext
+from reformer_ext import reference
+
+hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
+
+from strategies import attention_cases  # noqa: E402 needs hypothesis
+
+WANTED = os.environ.get("REFORMER_FUZZ")
+FUZZ = settings(
+    max_examples=int(WANTED or 200) // 2,  # of each of two tests
+    derandomize=WANTED is None,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2.0**-7}
+VALUES = ["normal", "normal", "large", "norms", "equal", "zeros", "denormal"]
+
+wide = {
+    "length": st.integers(1, 150),
+    "chunk_size": st.integers(1, 70),
+    "layout": st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]),
+    "values": st.sampled_from(VALUES),
+    "scale": st.sampled_from([None, None, 0.0, 1.0, 1e-3]),
+}
+head_dims = {
+    "cpu": st.one_of(st.integers(1, 32), st.sampled_from([64, 80])),
+    "cuda": st.sampled_from([8, 16, 24, 32, 64, 80, 128]),
+}
+
+
+def repeats(call: str, case: AttentionCase, device: str, dtype: torch.dtype, *more: object) -> str:
+    """The line that repeats a case."""
+    default = AttentionCase("drawn")
+    changed = ", ".join(
+        f"{field.name}={getattr(case, field.name)!r}"
+        for field in dataclasses.fields(case)
+        if getattr(case, field.name) != getattr(default, field.name)
+    )
+    rest = "".join(f", {value!r}" for value in (device, *more))
+    code = f"from test_fuzz import *; {call}(AttentionCase('drawn', {changed}), {dtype}{rest})"
+    return f'PYTHONPATH=python_tests python -c "{code}"'
+
+
+def agree(
+    case: AttentionCase,
+    inputs: dict[str, Tensor],
+    indices: dict[str, Tensor | None],
+    cotangents: tuple[Tensor, Tensor],
+    got: dict[str, Tensor],
+) -> None:
+    """``got`` is as near to float64 as the reference in its dtype, and rounding, allow.
+
+    With large vectors rounding is that of the terms that cancel, and of weights that are recomputed
+    from the lse.
+    """
+    twin = differentiate(attend(reference, case, indices), inputs, cotangents)
+    oracle = differentiate(attend(reference, case, indices), upcast(inputs), cotangents)
+    rounding = ROUNDING[inputs["q"].dtype]
+    if case.values in ("large", "norms"):
+        lse = oracle["lse"].masked_fill(oracle["lse"] <= reference.SELF_ONLY_LSE, 0.0)
+        rounding += 4.0 * torch.finfo(got["lse"].dtype).eps * lse.abs().max().item()
+        rounding *= math.prod(x.abs().max().clamp(min=1.0).item() for x in inputs.values())
+    for name, expected in oracle.items():
+        assert_accurate(name, got[name], twin[name], expected, rounding)
+
+
+def check_chunked_attention(case: AttentionCase, dtype: torch.dtype, device: str) -> None:
+    inputs, indices = case.vectors(device, dtype), case.indices(device)
+    cotangents = attention_cotangents(case, device, dtype)
+    got = differentiate(attend(reformer_ext, case, indices), inputs, cotangents)
+    agree(case, inputs, indices, cotangents, got)
+
+
+def check_lsh_attention(
+    case: AttentionCase, dtype: torch.dtype, device: str, factors: list[int]
+) -> None:
+    """The buckets are the reference's, and the attention what the reference makes of them."""
+    inputs, mask = case.vectors(device, dtype), case.indices(device)["key_padding_mask"]
+    cotangents = attention_cotangents(case, device, dtype)
+    generator = torch.Generator().manual_seed(3)
+    rotations = reformer_ext.sample_rotations(
+        case.heads, case.head_dim, case.rounds, factors, generator=generator
+    ).to(device, dtype)
+    buckets = None
+
+    def hashed(q: Tensor, v: Tensor, k: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        nonlocal buckets
+        out, lse, buckets = reformer_ext.lsh_attention(
+            q,
+            v,
+            k=k,
+            rotations=rotations,
+            n_buckets=factors,
+            key_padding_mask=mask,
+            same_bucket=case.same_bucket,
+            return_lse=True,
+            return_buckets=True,
+            **case.options,
+        )
+        return out, lse
+
+    got = differentiate(hashed, inputs, cotangents)
+    expected = reference.lsh_hash(inputs["q"].double(), rotations.double(), factors, mask)
+    if dtype == torch.float64 and case.values in ("normal", "large", "norms"):  # no ties
+        assert torch.equal(buckets, expected)
+    assert ((buckets >= 0) & (buckets <= math.prod(factors))).all()
+    indices = {
+        "order": reference.bucket_sort(buckets, 0),
+        "buckets": buckets if case.same_bucket else None,
+        "key_padding_mask": mask,
+    }
+    agree(case, inputs, indices, cotangents, got)
+
+
+DEVICES = device_dtypes(
+    cpu=(torch.float64, torch.float32, torch.bfloat16), cuda=(torch.float32, torch.bfloat16)
+)
+
+
+@pytest.mark.parametrize(("device", "dtype"), DEVICES)
+@FUZZ
+@given(data=st.data())
+def test_chunked_attention(device: str, dtype: torch.dtype, data: object) -> None:
+    case = data.draw(attention_cases(**wide, head_dim=head_dims[device]))
+    hypothesis.note(repeats("check_chunked_attention", case, device, dtype))
+    check_chunked_attention(case, dtype, device)
+
+
+@pytest.mark.parametrize(("device", "dtype"), DEVICES)
+@FUZZ
+@given(data=st.data())
+def test_lsh_attention(device: str, dtype: torch.dtype, data: object) -> None:
+    case = data.draw(attention_cases(**wide, head_dim=head_dims[device], rounds=st.integers(1, 4)))
+    factors = data.draw(st.lists(st.sampled_from([2, 4, 6, 16]), min_size=1, max_size=3))
+    hypothesis.note(repeats("check_lsh_attention", case, device, dtype, factors))
+    check_lsh_attention(case, dtype, device, factors)
