@@ -21,7 +21,7 @@ else
     $(PIP) --retries 1 --extra-index-url $(PYTORCH_CPU_INDEX) $(TORCH) || $(PIP) $(CPU_TORCH)
 endif
 
-.PHONY: demo test lint kernel-tests sanitize clean FORCE
+.PHONY: demo test lint kernel-tests sanitize spills clean FORCE
 demo: $(VENV)/built
 	$(BIN)/reformer train --resume
 
@@ -56,6 +56,13 @@ sanitize: $(KERNEL_TESTS:%=build/kernels/%)
 	set -e; for tool in memcheck racecheck; do \
 	  $(SANITIZER) --tool $$tool build/kernels/test_chunked_attention_kernels -20 1; \
 	  $(SANITIZER) --tool $$tool build/kernels/bench_attention_sm90 small; \
+	done
+
+# The wgmma instances fill the registers; a spill costs them a tenth. Needs nvcc, but no GPU.
+spills: $(wildcard csrc/kernels/*_sm90*.cu)
+	@mkdir -p build/kernels
+	set -e; for kernel in $^; do \
+	  $(NVCC) $(NVCCFLAGS) -Xptxas --warn-on-spills,--warning-as-error -c $$kernel -o build/kernels/spills.o; \
 	done
 
 build/kernels/%.o: csrc/kernels/%.cu $(wildcard csrc/kernels/*.h csrc/kernels/*.cuh)
