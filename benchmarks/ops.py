@@ -57,12 +57,18 @@ def arguments() -> argparse.ArgumentParser:
     )
     for name, default in {"n-hashes": "8", "chunk-size": "64"}.items():
         parser.add_argument(f"--{name}", type=comma_separated(int), default=default)
-    parser.add_argument("--variants", type=comma_separated(str, VARIANTS), default="plain")
-    parser.add_argument("--dtype", type=comma_separated(str, tuple(DTYPES)), default="bf16")
+    parser.add_argument(
+        "--variants", type=comma_separated(str, VARIANTS), default="plain", help=", ".join(VARIANTS)
+    )
+    parser.add_argument(
+        "--dtype", type=comma_separated(str, tuple(DTYPES)), default="bf16", help=", ".join(DTYPES)
+    )
     parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=best)
-    parser.add_argument("--modes", type=comma_separated(str, ("fwd", "bwd")), default="fwd,bwd")
+    parser.add_argument(
+        "--modes", type=comma_separated(str, ("fwd", "bwd")), default="fwd,bwd", help="fwd, bwd"
+    )
     parser.add_argument("--peers", action="store_true", help="time the peers that can run too")
     parser.add_argument(
         "--kernels", action="store_true", help="profile the kernels (on the CPU: operators)"

@@ -1,7 +1,8 @@
 """Random shapes, flags and values against the float64 reference, gradients included.
 
-200 cases, the same every time; ``REFORMER_FUZZ=2000 pytest python_tests/test_fuzz.py`` draws that
-many new ones. A failure is shrunk, and printed with a line that repeats it.
+200 cases of each device and dtype, the same every time; ``REFORMER_FUZZ=2000 pytest
+python_tests/test_fuzz.py`` draws that many new ones. A failure is shrunk, and printed with a line
+that repeats it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,7 @@ import pytest
 import torch
 from cases import AttentionCase
 from conftest import device_dtypes
-from test_ops import (
-    assert_accurate,
-    attend,
-    attention_cotangents,
-    differentiate,
-    upcast,
-)
+from test_ops import assert_accurate, attend, attention_cotangents, differentiate, upcast
 from torch import Tensor
 
 import reformer_ext
