@@ -113,10 +113,10 @@ def generate_batch(
 ) -> list[bytes]:
     """The continuations of several prompts, of any lengths, computed together.
 
-    Prompt i is continued as by :func:`generate` with ``seed + i``, but for two things: in LSH layers
-    the first chunk of a round looks back to the padding of a shorter prompt, and all contexts begin
-    anew when the longest is full. Arguments and errors are the same; no prompts give no
-    continuations.
+    Prompt i is continued as by :func:`generate` with ``seed + i``, but for two things: in LSH
+    layers the first chunk of a round looks back to the padding of a shorter prompt, and all
+    contexts begin anew when the longest is full. Arguments and errors are the same; no prompts give
+    no continuations.
     """
     _check(model, length, stop)
     texts = [bytearray() for _ in prompts]
