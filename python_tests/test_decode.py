@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import reformer_ext
 from reformer_ext.nn import DecodingCache, ReformerConfig, ReformerLM
+from reformer_ext.nn.cache import FullCache
 
 ops = torch.ops.reformer
 DEVICES = ["cpu", gpu("cuda")]
@@ -294,8 +296,9 @@ def continued(model: ReformerLM, cache: DecodingCache, tokens: Tensor, pieces: l
         {},
         {"correct_duplicates": True, "full_shared_qk": True, "rotary_before_hash": True},
         {"shared_qk_scale": None, "n_buckets": (2, 4), "reversible": False},
+        {"axial_sum": True, "streams": "concat", "head_bias": True, "local_look_back": 2},
     ],
-    ids=["default", "variant", "factors"],
+    ids=["default", "variant", "factors", "sum"],
 )
 def test_cached_logits_are_the_forward_passes(
     fields: dict[str, object], positions: str, device: str
@@ -411,6 +414,22 @@ def test_step_compiles_once() -> None:
     torch.testing.assert_close(torch.cat(got, 1), expected[:, 20:], rtol=1e-9, atol=1e-9)
 
 
+def test_prompt_compiles() -> None:
+    model = language_model()
+    tokens = torch.randint(50, (2, 30))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        expected = model(tokens)
+        for length in (20, 17):
+            cache = model.new_cache(2, 40, window=64)
+            parts = tokens[:, : length + 1].split([length, 1], dim=1)
+            got = [compiled(part, cache=cache) for part in parts]
+            assert cache.filled
+            got.append(model(tokens[:, length + 1 :], cache=cache))
+            torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_step_exports() -> None:
     class Step(torch.nn.Module):
         def __init__(self) -> None:
@@ -459,6 +478,38 @@ def test_step_in_a_cuda_graph() -> None:
     torch.testing.assert_close(torch.cat(got, 1), expected[:, 20:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("modes", list(itertools.product((False, True), repeat=3)))
+def test_inference_mode_or_not(modes: tuple[bool, bool, bool]) -> None:
+    model = language_model()
+    tokens = torch.randint(50, (1, 30))
+    made, prompted, stepped = (torch.inference_mode if mode else torch.no_grad for mode in modes)
+    with made():
+        cache = model.new_cache(1, 40, window=64)
+    with prompted():
+        model(tokens[:, :20], cache=cache)
+    with stepped():
+        got = model(tokens[:, 20:], cache=cache)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(tokens)[:, 20:], rtol=1e-9, atol=1e-9)
+    cache.reset()
+
+
+def test_a_prompt_may_fail_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory runs out: the next prompt begins as if there had been none."""
+    model = language_model(layers=("lsh", "full"))
+    cache = model.new_cache(1, 40, window=64)
+    tokens = torch.randint(50, (1, 30))
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(FullCache, "append", None)
+            with pytest.raises(TypeError, match="not callable"):
+                model(tokens.flip(1), cache=cache)
+        assert cache.layers[0].counts.any()
+        assert not cache.filled
+        got = continued(model, cache, tokens, [20, 10])
+        torch.testing.assert_close(got, model(tokens), rtol=1e-9, atol=1e-9)
+
+
 def test_autocast_keeps_its_dtype() -> None:
     model = language_model().float()
     tokens = torch.randint(50, (1, 30))
@@ -473,8 +524,17 @@ def test_autocast_keeps_its_dtype() -> None:
 def test_cache_errors() -> None:
     model = language_model(layers=("local", "lsh"))
     tokens = torch.randint(50, (1, 8))
-    with pytest.raises(ValueError, match="new_cache: expected capacity >= 1, got 0"):
-        model.new_cache(1, 0)
+    sizes = {"batch": 1, "capacity": 8}
+    for name, value in [("capacity", 0), ("batch", 0), ("window", -1), ("n_hashes", 2.5)]:
+        message = f"new_cache: expected {name} to be an integer >= 1, got {value}"
+        with pytest.raises(ValueError, match=message):
+            model.new_cache(**{**sizes, name: value})
+    for n_buckets in (5, 0, [], [2, 3]):
+        with pytest.raises(ValueError, match="new_cache: expected n_buckets to be an even number"):
+            model.new_cache(1, 8, n_buckets=n_buckets)
+    assert model.new_cache(1, 8, n_buckets=4).layers[1].n_buckets == [4]
+    with pytest.raises(ValueError, match=r"expected a floating dtype, got torch\.int32"):
+        model.new_cache(1, 8, dtype=torch.int32)
     with pytest.raises(ValueError, match="expected a causal model, got causal=False"):
         language_model(causal=False).new_cache(1, 8)
     with pytest.raises(ValueError, match=r"capacity up to max_length = 16 with axial positions"):
@@ -483,6 +543,19 @@ def test_cache_errors() -> None:
     with pytest.raises(RuntimeError, match=r"expected evaluation mode and torch\.no_grad"):
         model(tokens, cache=cache)
     with torch.no_grad():
+        mask = torch.zeros(1, 8).bool()
+        for bad in (mask[:, :7], mask.long(), mask.expand(2, -1)):
+            with pytest.raises(ValueError, match=r"key_padding_mask \[1, 8\] of torch\.bool, got"):
+                model(tokens, key_padding_mask=bad, cache=cache)
+        for empty in (tokens[:, :0], tokens[:, :0, None].expand(-1, -1, 32).double()):
+            with pytest.raises(ValueError, match="Reformer: expected at least one position"):
+                model(empty, cache=cache)
+        with pytest.raises(ValueError, match=r"Reformer: expected tokens \[B, L\], got \[8\]"):
+            model(tokens[0], cache=cache)
+        other = language_model(layers=("local", "lsh"), local_chunk_size=4)
+        with pytest.raises(ValueError, match="expected the model that made it, got one of another"):
+            other(tokens, cache=cache)
+        assert not cache.filled
         model(tokens, cache=cache)
         with pytest.raises(ValueError, match="expected at most 10 positions, got 3 more after 8"):
             model(tokens[:, :3], cache=cache)

@@ -461,6 +461,29 @@ def test_cached_scoring_is_near_the_forward_passes(trained: Path, corpus: Path) 
     assert cached != whole  # they do not see the same keys
 
 
+def test_generate_is_the_models_argmax() -> None:
+    """With all that may lie between hidden states and a byte, and a prompt that is not alone."""
+    torch.manual_seed(0)
+    config = ReformerConfig(
+        vocab_size=300,
+        dim=32,
+        heads=2,
+        layers=("local", "full"),
+        streams="concat",
+        head_bias=True,
+        initializer_range=0.3,
+    )
+    model = ReformerLM(config).double().eval()
+    assert model.output_bias is not None
+    torch.nn.init.normal_(model.output_bias, std=10.0)
+    prompts = [b"abc", b"defghij"]
+    texts = generate_batch(model, prompts, 9, sampling=Sampling(temperature=0))
+    for prompt, text in zip(prompts, texts, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([list(prompt + text)]))[0, len(prompt) - 1 : -1, :256]
+        assert text == bytes(logits.argmax(dim=-1).tolist())
+
+
 def test_generate_errors(model: ReformerLM) -> None:
     bad = {"temperature": -1.0, "top_p": 0.0, "top_k": -1, "repetition_penalty": 0.0}
     for name, value in bad.items():
@@ -468,6 +491,9 @@ def test_generate_errors(model: ReformerLM) -> None:
             Sampling(**{name: value})
     with pytest.raises(ValueError, match="generate: expected length >= 0, got -1"):
         generate(model, b"", -1)
+    small = ReformerLM(ReformerConfig(vocab_size=255, dim=32, heads=2, layers=("local",)))
+    with pytest.raises(ValueError, match=r"expected model\.config\.vocab_size >= 256, got 255"):
+        generate(small.eval(), b"x", 1)
     with pytest.raises(ValueError, match="generate: expected stop without an empty string"):
         generate_batch(model, [b""], 1, stop=[b"x", b""])
 

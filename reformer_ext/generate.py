@@ -97,7 +97,7 @@ def generate(
     Raises:
         ValueError: an argument is out of range.
     """
-    _check(length, stop)
+    _check(model, length, stop)
     steps = _continue(model, [prompt], length, sampling, stop, seed)
     return (bytes([token]) for (token,) in steps if token is not None)
 
@@ -113,10 +113,12 @@ def generate_batch(
 ) -> list[bytes]:
     """The continuations of several prompts, of any lengths, computed together.
 
-    Prompt i is continued as :func:`generate` would with ``seed + i``, up to rounding. Arguments and
-    errors are the same; no prompts give no continuations.
+    Prompt i is continued as by :func:`generate` with ``seed + i``, but for two things: in LSH
+    layers the first chunk of a round looks back to the padding of a shorter prompt, and all
+    contexts begin anew when the longest is full. Arguments and errors are the same; no prompts give
+    no continuations.
     """
-    _check(length, stop)
+    _check(model, length, stop)
     texts = [bytearray() for _ in prompts]
     if prompts:
         for tokens in _continue(model, prompts, length, sampling, stop, seed):
@@ -126,7 +128,9 @@ def generate_batch(
     return [bytes(text) for text in texts]
 
 
-def _check(length: int, stop: Sequence[bytes]) -> None:
+def _check(model: ReformerLM, length: int, stop: Sequence[bytes]) -> None:
+    vocabulary = model.config.vocab_size
+    _expect("model.config.vocab_size", vocabulary, vocabulary >= 256, ">= 256")
     _expect("length", length, length >= 0, ">= 0")
     _expect("stop", list(stop), all(stop), "without an empty string")
 
@@ -183,7 +187,7 @@ def _logits_after(model: ReformerLM, contexts: list[list[int]], cache: DecodingC
     mask = padding.to(device) if padding.any() else None
     hidden = model.reformer(tokens.to(device), key_padding_mask=mask, cache=cache)
     last = hidden[torch.arange(len(contexts), device=device), (lengths - 1).to(device)]
-    return F.linear(last, model.output_weight)
+    return F.linear(last, model.output_weight, model.output_bias)
 
 
 def sample(

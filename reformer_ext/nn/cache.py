@@ -225,8 +225,15 @@ class DecodingCache(nn.Module):
     fills it, later ones decode. Memory per position and layer: keys and values; per LSH layer also
     ``4 * R * H * N * W`` bytes of tables.
 
+    Compiled, exported and captured steps do not count in ``used``: that they stay within the
+    capacity is the caller's to see to. A step that fails halfway leaves the cache of no use until
+    :meth:`reset`.
+
     Attributes:
+        config: of the model.
         capacity: positions there is room for.
+        filled: whether there has been a prompt.
+        used: the longest length, known without asking the device.
         lengths: int64 ``(B,)``, positions of each sequence.
         layers: the layers' caches.
     """
@@ -246,9 +253,10 @@ class DecodingCache(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
+        self.config = config
         self.capacity = capacity
-        self.filled = False  # by a prompt
-        self.used = 0  # the longest length, known without asking the device
+        self.filled = False
+        self.used = 0
         sizes = (batch, config.heads, config.head_width)
         layers: list[nn.Module] = []
         of_layer = iter(rotations)
@@ -279,9 +287,13 @@ class DecodingCache(nn.Module):
         """B."""
         return self.lengths.shape[0]
 
-    def check(self, batch: int, length: int) -> None:
-        """Raises ValueError unless there is room for ``length`` more positions of ``batch``
-        sequences."""
+    def check(self, config: ReformerConfig, batch: int, length: int) -> None:
+        """Raises ValueError unless the cache is of this configuration and there is room for
+        ``length`` more positions of ``batch`` sequences."""
+        if config != self.config:
+            raise ValueError(
+                "DecodingCache: expected the model that made it, got one of another configuration"
+            )
         if batch != self.batch:
             raise ValueError(
                 f"DecodingCache: expected {self.batch} sequences, got {batch}; make another cache"
@@ -295,9 +307,10 @@ class DecodingCache(nn.Module):
     def extend(self, lengths: Tensor, longest: int) -> None:
         """Records that sequences have grown by ``lengths (B,)``, none by more than ``longest``."""
         self.lengths.add_(lengths)
-        if not torch.compiler.is_compiling():  # a number that changes would be compiled in
+        if not self.filled:
+            self.filled, self.used = True, longest
+        elif not torch.compiler.is_compiling():  # a number that changes would be compiled in
             self.used += longest
-            self.filled = True
 
     def reset(self) -> None:
         """Forgets everything, so that the next tokens begin new sequences."""

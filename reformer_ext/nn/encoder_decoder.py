@@ -255,6 +255,7 @@ class _Decoder(Reformer):
         context_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
     ) -> Tensor:
+        self._check(tokens, key_padding_mask)
         x = self._embed(tokens)
         length = x.shape[1]
         x, key_padding_mask = self._pad(x, key_padding_mask)

@@ -403,6 +403,7 @@ class Reformer(nn.Module):
                 cache has room for.
             RuntimeError: a cache in training or where gradients are recorded.
         """
+        self._check(tokens, key_padding_mask)
         if cache is not None:
             if cu_seqlens is not None:
                 raise ValueError("Reformer: expected cu_seqlens or a cache, got both")
@@ -437,17 +438,17 @@ class Reformer(nn.Module):
         capacity: int,
         *,
         n_hashes: int | None = None,
-        n_buckets: Sequence[int] | None = None,
+        n_buckets: int | Sequence[int] | None = None,
         window: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> DecodingCache:
-        """An empty cache on the model's device.
+        """An empty cache on the model's device, for use with and without inference mode.
 
         Args:
             batch: sequences B.
             capacity: most positions, of prompt and continuation together.
             n_hashes: hash rounds; default ``config.n_hashes``.
-            n_buckets: even factors; default the config's, else
+            n_buckets: an even number or even factors; default the config's, else
                 :func:`reformer_ext.default_n_buckets` of the capacity.
             window: positions that a bucket remembers; default ``config.chunk_size``, twice the mean
                 bucket of a full cache.
@@ -456,41 +457,54 @@ class Reformer(nn.Module):
         Raises:
             ValueError: the model is not causal, or an argument is out of range.
         """
+        name = "Reformer.new_cache"
         config = self.config
         if not config.causal:
-            raise ValueError("Reformer.new_cache: expected a causal model, got causal=False")
-        window = config.chunk_size if window is None else window
-        for name, value in (("batch", batch), ("capacity", capacity), ("window", window)):
-            if value < 1:
-                raise ValueError(f"Reformer.new_cache: expected {name} >= 1, got {value}")
+            raise ValueError(f"{name}: expected a causal model, got causal=False")
+        sizes = {
+            "batch": batch,
+            "capacity": capacity,
+            "n_hashes": config.n_hashes if n_hashes is None else n_hashes,
+            "window": config.chunk_size if window is None else window,
+        }
+        for argument, value in sizes.items():
+            if not _is_int(value, 1):
+                raise ValueError(f"{name}: expected {argument} to be an integer >= 1, got {value}")
         if config.positions in ("axial", "absolute") and capacity > config.max_length:
             raise ValueError(
-                f"Reformer.new_cache: expected capacity up to max_length = {config.max_length} "
+                f"{name}: expected capacity up to max_length = {config.max_length} "
                 f"with {config.positions} positions, got {capacity}"
             )
         if n_buckets is None:
-            n_buckets = (
-                [config.n_buckets] if isinstance(config.n_buckets, int) else config.n_buckets
-            ) or default_n_buckets(capacity, config.chunk_size)
+            n_buckets = config.n_buckets or default_n_buckets(capacity, config.chunk_size)
+        factors = [n_buckets] if isinstance(n_buckets, int) else list(n_buckets)
+        if not factors or not all(_is_int(n, 2) and n % 2 == 0 for n in factors):
+            raise ValueError(
+                f"{name}: expected n_buckets to be an even number >= 2 or such factors, "
+                f"got {n_buckets}"
+            )
         weight = self.embedding.weight
         if dtype is None:
             autocast = torch.is_autocast_enabled(weight.device.type)
             dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        rotations = [
-            layer.rotations(n_buckets, n_hashes, device=weight.device, dtype=dtype)
-            for layer in self.layers.modules()
-            if isinstance(layer, LSHSelfAttention)
-        ]
-        return DecodingCache(
-            config,
-            batch,
-            capacity,
-            rotations=rotations,
-            n_buckets=n_buckets,
-            window=window,
-            dtype=dtype,
-            device=weight.device,
-        )
+        elif not dtype.is_floating_point:
+            raise ValueError(f"{name}: expected a floating dtype, got {dtype}")
+        with torch.inference_mode(False):  # whose tensors nothing else may change in place
+            rotations = [
+                layer.rotations(factors, n_hashes, device=weight.device, dtype=dtype)
+                for layer in self.layers.modules()
+                if isinstance(layer, LSHSelfAttention)
+            ]
+            return DecodingCache(
+                config,
+                batch,
+                capacity,
+                rotations=rotations,
+                n_buckets=factors,
+                window=sizes["window"],
+                dtype=dtype,
+                device=weight.device,
+            )
 
     def _forward_cached(
         self,
@@ -508,7 +522,7 @@ class Reformer(nn.Module):
             raise ValueError("Reformer: n_hashes is the cache's; give it to new_cache")
         batch, length = tokens.shape[:2]
         if not torch.compiler.is_compiling():
-            cache.check(batch, length)
+            cache.check(self.config, batch, length)
         if cache.filled:
             if key_padding_mask is not None:
                 raise ValueError("Reformer: expected no key_padding_mask after the prompt, got one")
@@ -520,10 +534,12 @@ class Reformer(nn.Module):
             cache.extend(torch.full_like(cache.lengths, length), length)
             return hidden
 
+        cache.reset()  # of what a prompt that failed halfway may have left
         lengths = torch.full_like(cache.lengths, length)
         order: Tensor | None = None
         if key_padding_mask is not None:
-            # Padding goes to the end, so that every sequence is as if it were alone.
+            # Padding goes to the end: every sequence is as if it were alone, but that the first
+            # chunk of a hash round looks back to padding.
             lengths = (~key_padding_mask).sum(1)
             order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)
             key_padding_mask = key_padding_mask.gather(1, order)
@@ -535,21 +551,30 @@ class Reformer(nn.Module):
         cache.extend(lengths, length)
         return hidden if order is None else _take(hidden, order.argsort(dim=1))
 
-    def _embed(
-        self, tokens: Tensor, lengths: list[int] | None = None, at: Tensor | None = None
-    ) -> Tensor:
-        """With the positions of one sequence, of packed ones of these lengths, or ``at (B, L)``."""
+    def _check(self, tokens: Tensor, key_padding_mask: Tensor | None) -> None:
+        """Raises ValueError unless the arguments have the shapes that :meth:`forward` says."""
         if tokens.is_floating_point():
             if tokens.dim() != 3 or tokens.shape[-1] != self.config.dim:
                 raise ValueError(
                     f"Reformer: expected embeddings [B, L, {self.config.dim}], "
                     f"got {list(tokens.shape)}"
                 )
-            x = tokens
-        else:
-            if tokens.dim() != 2:
-                raise ValueError(f"Reformer: expected tokens [B, L], got {list(tokens.shape)}")
-            x = self.embedding(tokens)
+        elif tokens.dim() != 2:
+            raise ValueError(f"Reformer: expected tokens [B, L], got {list(tokens.shape)}")
+        if tokens.shape[1] < 1:
+            raise ValueError(f"Reformer: expected at least one position, got {list(tokens.shape)}")
+        mask = key_padding_mask
+        if mask is not None and (mask.shape != tokens.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"Reformer: expected key_padding_mask {list(tokens.shape[:2])} of torch.bool, "
+                f"got {list(mask.shape)} of {mask.dtype}"
+            )
+
+    def _embed(
+        self, tokens: Tensor, lengths: list[int] | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """With the positions of one sequence, of packed ones of these lengths, or ``at (B, L)``."""
+        x = tokens if tokens.is_floating_point() else self.embedding(tokens)
         positions = self.positions
         if positions is None:
             return self.dropout(x)

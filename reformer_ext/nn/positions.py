@@ -103,7 +103,7 @@ class AxialPositions(nn.Module):
         for size, weight in zip(reversed(self.shape), reversed([*self.weights]), strict=True):
             parts.append(F.embedding(positions % size, weight))
             positions = positions // size
-        return torch.cat(parts[::-1], dim=-1)
+        return torch.stack(parts).sum(dim=0) if self.summed else torch.cat(parts[::-1], dim=-1)
 
 
 class RotaryPositions(nn.Module):
