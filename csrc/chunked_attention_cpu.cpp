@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "checks.h"
@@ -25,6 +26,7 @@ namespace reformer {
 namespace {
 
 constexpr double kNormEps = 1e-12;  // torch.nn.functional.normalize's
+constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kBlockRows = 512;
 constexpr int64_t kTileElements = 4096;
 
@@ -142,23 +144,57 @@ void for_each_block(int64_t heads, const Phases& phases, const Factory& worker_f
   }
 }
 
-// [B, H, L, D] of the computing type, last dimension contiguous.
-template <typename T>
+// [B, H, L, D] as stored, last dimension contiguous.
 struct Rows {
   at::Tensor tensor;
   int64_t heads = 1;
 
   Rows() = default;
-  explicit Rows(const at::Tensor& x) : heads(x.size(1)) {
-    tensor = x.to(c10::CppTypeToScalarType<T>::value);
-    if (tensor.stride(3) != 1) tensor = tensor.contiguous();
-  }
-  T* head(int64_t index) const {
-    return static_cast<T*>(tensor.data_ptr()) + index / heads * tensor.stride(0) +
+  explicit Rows(const at::Tensor& x)
+      : tensor(x.stride(3) == 1 ? x : x.contiguous()), heads(x.size(1)) {}
+  template <typename S>
+  S* head(int64_t index) const {
+    return static_cast<S*>(tensor.data_ptr()) + index / heads * tensor.stride(0) +
            index % heads * tensor.stride(1);
   }
   int64_t stride() const { return tensor.stride(2); }
 };
+
+// The compiler's own type where it has one, since it has vector instructions for that.
+#ifdef __FLT16_MANT_DIG__
+using Half = _Float16;
+#else
+using Half = c10::Half;
+#endif
+
+// f(head's first row as stored): rows are converted where they are read, never as a whole. What
+// float computes may be stored in half precision.
+template <typename T, typename F>
+void visit_head(const Rows& rows, int64_t index, const F& f) {
+  if constexpr (std::is_same_v<T, float>) {
+    const at::ScalarType stored = rows.tensor.scalar_type();
+    if (stored == at::kBFloat16) return f(rows.head<const c10::BFloat16>(index));
+    if (stored == at::kHalf) return f(rows.head<const Half>(index));
+  }
+  f(rows.head<const T>(index));
+}
+
+template <typename T, typename S>
+REFORMER_INLINE void convert_row(const S* row, int64_t n, T* result) {
+  for (int64_t d = 0; d < n; ++d) result[d] = static_cast<T>(row[d]);
+}
+
+// The row in the computing type: itself, or in scratch.
+template <typename T>
+REFORMER_INLINE const T* computing_row(const T* row, int64_t, T*) {
+  return row;
+}
+
+template <typename T, typename S>
+REFORMER_INLINE const T* computing_row(const S* row, int64_t n, T* scratch) {
+  convert_row(row, n, scratch);
+  return scratch;
+}
 
 // Where i's window of some round lies, and the chunk of each key in a round that it touches.
 template <typename T>
@@ -317,7 +353,7 @@ struct Problem {
       width;  // of gathered rows: zeros after head_dim, and a stride that spreads over the cache
   bool shared_qk, causal, mask_self, correct_duplicates;
   T scale;
-  Rows<T> q, k, v;
+  Rows q, k, v;
   at::Tensor order, buckets, padding;
   Buffer<T> inverse_norm;    // [B, H, L], shared QK
   Buffer<int32_t> chunk_of;  // [B, H, R, L]: where each position sits; correct_duplicates
@@ -343,11 +379,13 @@ struct Problem {
   }
 };
 
-template <typename T>
-REFORMER_CLONES void inverse_norms(const T* rows, int64_t stride, int64_t n, int64_t head_dim,
+template <typename T, typename S>
+REFORMER_CLONES void inverse_norms(const S* rows, int64_t stride, int64_t n, int64_t head_dim,
                                    T* result) {
+  T scratch[kMaxHeadDim];
   for (int64_t i = 0; i < n; ++i) {
-    const T norm = std::sqrt(dot(rows + i * stride, rows + i * stride, head_dim));
+    const T* row = computing_row(rows + i * stride, head_dim, scratch);
+    const T norm = std::sqrt(dot(row, row, head_dim));
     result[i] = T(1) / std::max(norm, static_cast<T>(kNormEps));
   }
 }
@@ -386,7 +424,7 @@ Problem<T>::Problem(const ChunkedAttentionArgs& args)
       q(args.q),
       v(args.v),
       dropout_p(args.dropout_p) {
-  if (!shared_qk) k = Rows<T>(args.k);
+  if (!shared_qk) k = Rows(args.k);
   if (args.order.defined()) order = args.order.contiguous();
   if (args.buckets.defined()) buckets = args.buckets.contiguous();
   if (args.key_padding_mask.defined()) padding = args.key_padding_mask.contiguous();
@@ -411,23 +449,32 @@ Problem<T>::Problem(const ChunkedAttentionArgs& args)
     inverse_norm = Buffer<T>(batch * heads * length);
     at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t head = begin; head < end; ++head) {
-        inverse_norms(q.head(head), q.stride(), length, head_dim,
-                      inverse_norm.get() + head * length);
+        visit_head<T>(q, head, [&](const auto* rows) {
+          inverse_norms(rows, q.stride(), length, head_dim, inverse_norm.get() + head * length);
+        });
       }
     });
   }
 }
 
 // Rows of x at these positions; zeros where there is none, and after head_dim.
-template <typename T>
-REFORMER_CLONES void gather(const T* x, int64_t stride, int64_t head_dim,
+template <typename T, typename S>
+REFORMER_CLONES void gather(const S* x, int64_t stride, int64_t head_dim,
                             const Integer<T>* positions, int64_t n, T* rows, int64_t width) {
   for (int64_t i = 0; i < n; ++i) {
     T* row = rows + i * width;
     const int64_t copied = positions[i] < 0 ? 0 : head_dim;
-    if (copied > 0) std::memcpy(row, x + positions[i] * stride, copied * sizeof(T));
+    if (copied > 0) convert_row(x + positions[i] * stride, copied, row);
     for (int64_t d = copied; d < width; ++d) row[d] = T(0);
   }
+}
+
+template <typename T>
+void gather(const Rows& x, int64_t head, int64_t head_dim, const Integer<T>* positions, int64_t n,
+            T* rows, int64_t width) {
+  visit_head<T>(x, head, [&](const auto* stored) {
+    gather(stored, x.stride(), head_dim, positions, n, rows, width);
+  });
 }
 
 // Adds rows to those of x at these positions.
@@ -496,19 +543,17 @@ class Gathered {
           at < 0 || !p.shared_qk ? p.scale : p.scale * p.inverse_norm.get()[head * p.length + at];
     }
     if (p.correct_duplicates) read_all_rounds();
-    const Rows<T>& k = p.shared_qk ? p.q : p.k;
-    gather(k.head(head), k.stride(), p.head_dim, position_.get(), padded_rows(), keys_.get(),
+    gather(p.shared_qk ? p.q : p.k, head, p.head_dim, position_.get(), padded_rows(), keys_.get(),
            p.width);
     if (!p.shared_qk) {
-      gather(p.q.head(head), p.q.stride(), p.head_dim, query_positions(), b.count * line.chunk,
-             queries_.get(), p.width);
+      gather(p.q, head, p.head_dim, query_positions(), b.count * line.chunk, queries_.get(),
+             p.width);
     }
   }
 
   // The keys' values; those of no key are zero, whatever padding holds.
   void gather_values(T* rows_out) const {
-    gather(p.v.head(head), p.v.stride(), p.head_dim, key_position_.get(), padded_rows(), rows_out,
-           p.width);
+    gather(p.v, head, p.head_dim, key_position_.get(), padded_rows(), rows_out, p.width);
   }
 
   int64_t padded_rows() const { return pad_to_lanes<T>(rows); }
@@ -754,7 +799,7 @@ REFORMER_CLONES void attend(ForwardScratch<T>& scratch, const typename Gathered<
 template <typename T>
 void forward(const ChunkedAttentionArgs& args, const at::Tensor& out, const at::Tensor& lse) {
   const Problem<T> p(args);
-  const Rows<T> out_rows(out);
+  const Rows out_rows(out);
   T* lse_data = lse.template mutable_data_ptr<T>();
   const Buffer<T> total(lse.numel());
 
@@ -765,7 +810,7 @@ void forward(const ChunkedAttentionArgs& args, const at::Tensor& out, const at::
       block.gather_values(scratch.values.get());
       transpose(block.keys(), p.width, block.padded_rows(), p.head_dim, scratch.keys_t.get(),
                 block.key_stride);
-      const Accumulators<T> into{out_rows.head(head),        out_rows.stride(),
+      const Accumulators<T> into{out_rows.head<T>(head),     out_rows.stride(),
                                  lse_data + head * p.length, total.get() + head * p.length,
                                  block.round == 0,           block.round == p.line.rounds - 1};
       block.for_each_tile(
@@ -778,9 +823,11 @@ void forward(const ChunkedAttentionArgs& args, const at::Tensor& out, const at::
     for (int64_t i = begin; i < end; ++i) {
       if (total.get()[i] != 0) continue;
       const int64_t head = i / p.length, position = i % p.length;
-      T* row = out_rows.head(head) + position * out_rows.stride();
+      T* row = out_rows.head<T>(head) + position * out_rows.stride();
       if (p.mask_self && !p.is_padding(head, position)) {
-        std::copy_n(p.v.head(head) + position * p.v.stride(), p.head_dim, row);
+        visit_head<T>(p.v, head, [&](const auto* values) {
+          convert_row(values + position * p.v.stride(), p.head_dim, row);
+        });
         lse_data[i] = static_cast<T>(kSelfOnlyLse);
       } else {
         std::fill_n(row, p.head_dim, T(0));
@@ -817,24 +864,19 @@ std::tuple<at::Tensor, at::Tensor> chunked_attention_cpu(const ChunkedAttentionA
 // Backward
 // -----------------------------------------------------------------------------------------
 
-// delta_i = dout_i . out_i - dlse_i, and the rows that the blocks add to: zero, but for the value
-// of a query that saw only itself.
-template <typename T>
-REFORMER_CLONES void begin_gradients(const Problem<T>& p, int64_t head, const Rows<T>& out,
-                                     const T* lse, const Rows<T>& grad_out, const T* grad_lse,
-                                     const Rows<T>& grad_q, const Rows<T>* grad_k,
-                                     const Rows<T>& grad_v, T* delta) {
-  for (int64_t i = 0; i < p.length; ++i) {
-    const T* grad = grad_out.head(head) + i * grad_out.stride();
-    delta[i] = dot(grad, out.head(head) + i * out.stride(), p.head_dim);
+// delta_i = dout_i . out_i - dlse_i, and the value's gradient of a query that saw only itself.
+template <typename T, typename S>
+REFORMER_CLONES void begin_gradients(const S* out, int64_t out_stride, const S* grad_out,
+                                     int64_t grad_stride, int64_t n, int64_t head_dim,
+                                     bool mask_self, const T* lse, const T* grad_lse, T* delta,
+                                     T* grad_v, int64_t grad_v_stride) {
+  T out_scratch[kMaxHeadDim], grad_scratch[kMaxHeadDim];
+  for (int64_t i = 0; i < n; ++i) {
+    const T* grad = computing_row(grad_out + i * grad_stride, head_dim, grad_scratch);
+    delta[i] = dot(grad, computing_row(out + i * out_stride, head_dim, out_scratch), head_dim);
     if (grad_lse) delta[i] -= grad_lse[i];
-    std::fill_n(grad_q.head(head) + i * grad_q.stride(), p.head_dim, T(0));
-    if (grad_k) std::fill_n(grad_k->head(head) + i * grad_k->stride(), p.head_dim, T(0));
-    T* value = grad_v.head(head) + i * grad_v.stride();
-    if (p.mask_self && lse[i] == static_cast<T>(kSelfOnlyLse)) {
-      std::copy_n(grad, p.head_dim, value);
-    } else {
-      std::fill_n(value, p.head_dim, T(0));
+    if (mask_self && lse[i] == static_cast<T>(kSelfOnlyLse)) {
+      std::copy_n(grad, head_dim, grad_v + i * grad_v_stride);
     }
   }
 }
@@ -910,9 +952,9 @@ void backward(const ChunkedAttentionArgs& args, const ChunkedAttentionResults& r
               const at::Tensor& grad_q, const at::Tensor& grad_k, const at::Tensor& grad_v) {
   const Problem<T> p(args);
   const int64_t heads = p.batch * p.heads;
-  const Rows<T> out(results.out), grad_out(results.grad_out);
-  const Rows<T> grad_q_rows(grad_q), grad_v_rows(grad_v);
-  const Rows<T> grad_k_rows = p.shared_qk ? Rows<T>() : Rows<T>(grad_k);
+  const Rows out(results.out), grad_out(results.grad_out);
+  const Rows grad_q_rows(grad_q), grad_v_rows(grad_v);
+  const Rows grad_k_rows = p.shared_qk ? Rows() : Rows(grad_k);
   const at::Tensor lse = results.lse.contiguous();
   const at::Tensor grad_lse =
       results.grad_lse.defined() ? results.grad_lse.contiguous() : at::Tensor();
@@ -920,11 +962,23 @@ void backward(const ChunkedAttentionArgs& args, const ChunkedAttentionResults& r
   const Buffer<T> delta(lse.numel());
   at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t head = begin; head < end; ++head) {
-      begin_gradients(
-          p, head, out, lse_data + head * p.length, grad_out,
-          grad_lse.defined() ? grad_lse.template const_data_ptr<T>() + head * p.length : nullptr,
-          grad_q_rows, p.shared_qk ? nullptr : &grad_k_rows, grad_v_rows,
-          delta.get() + head * p.length);
+      const auto clear = [&](const Rows& rows) {
+        for (int64_t i = 0; i < p.length; ++i) {
+          std::fill_n(rows.head<T>(head) + i * rows.stride(), p.head_dim, T(0));
+        }
+      };
+      clear(grad_q_rows);
+      if (!p.shared_qk) clear(grad_k_rows);
+      clear(grad_v_rows);
+      const T* head_grad_lse =
+          grad_lse.defined() ? grad_lse.template const_data_ptr<T>() + head * p.length : nullptr;
+      visit_head<T>(out, head, [&](const auto* rows) {
+        begin_gradients(rows, out.stride(),
+                        grad_out.head<std::remove_reference_t<decltype(*rows)>>(head),
+                        grad_out.stride(), p.length, p.head_dim, p.mask_self,
+                        lse_data + head * p.length, head_grad_lse, delta.get() + head * p.length,
+                        grad_v_rows.head<T>(head), grad_v_rows.stride());
+      });
     }
   });
 
@@ -937,23 +991,23 @@ void backward(const ChunkedAttentionArgs& args, const ChunkedAttentionResults& r
       transpose(block.keys(), p.width, padded, p.head_dim, scratch.keys_t.get(), block.key_stride);
       block.gather_values(grad_values);
       transpose(grad_values, p.width, padded, p.head_dim, scratch.values_t.get(), block.key_stride);
-      gather(grad_out.head(head), grad_out.stride(), p.head_dim, block.query_positions(),
-             b.count * p.line.chunk, scratch.grad_out.get(), p.width);
+      gather(grad_out, head, p.head_dim, block.query_positions(), b.count * p.line.chunk,
+             scratch.grad_out.get(), p.width);
       std::fill_n(grad_keys, block.rows * p.width, T(0));
       std::fill_n(grad_values, block.rows * p.width, T(0));
       block.for_each_tile([&](const typename Gathered<T>::Tile& tile) {
         differentiate(scratch, tile, lse_data + head * p.length, delta.get() + head * p.length);
         scatter_add(scratch.grad_queries.get(), p.width, block.query_positions() + tile.begin,
-                    tile.n, grad_q_rows.head(head), grad_q_rows.stride(), p.head_dim);
+                    tile.n, grad_q_rows.head<T>(head), grad_q_rows.stride(), p.head_dim);
       });
       if (p.shared_qk) {
         project(block.keys(), p.width, block.positions(), block.rows,
                 p.inverse_norm.get() + head * p.length, p.head_dim, grad_keys);
       }
-      const Rows<T>& grad_key_rows = p.shared_qk ? grad_q_rows : grad_k_rows;
-      scatter_add(grad_keys, p.width, block.positions(), block.rows, grad_key_rows.head(head),
+      const Rows& grad_key_rows = p.shared_qk ? grad_q_rows : grad_k_rows;
+      scatter_add(grad_keys, p.width, block.positions(), block.rows, grad_key_rows.head<T>(head),
                   grad_key_rows.stride(), p.head_dim);
-      scatter_add(grad_values, p.width, block.positions(), block.rows, grad_v_rows.head(head),
+      scatter_add(grad_values, p.width, block.positions(), block.rows, grad_v_rows.head<T>(head),
                   grad_v_rows.stride(), p.head_dim);
     };
   });
