@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reformer_ext.nn import cache
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # as in test_benchmarks.py
-
 from benchmarks import measure, models
+from reformer_ext.nn import cache
 
 SMALL = ["--device=cpu", "--dim=32", "--heads=2", "--pairs=1", "--n-hashes=2", "--lengths=128,192"]
 

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 import reformer_ext
+from benchmarks import measure, ops, plot, report
+from benchmarks.case import VARIANTS, Case, Workload, cases
+from benchmarks.check import check_peer, sampled_attention
+from benchmarks.peers import exact, peers, seen_before, within, within_chunks
 from reformer_ext import reference
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # benchmarks is no part of the installed package
-
-from benchmarks import measure, ops, plot, report  # noqa: E402
-from benchmarks.case import VARIANTS, Case, Workload, cases  # noqa: E402
-from benchmarks.check import check_peer, sampled_attention  # noqa: E402
-from benchmarks.peers import exact, peers, seen_before, within, within_chunks  # noqa: E402
 
 TINY = {"batch": 2, "heads": 2, "head_dim": 8, "n_hashes": 2, "chunk_size": 8}
 TINY_FLAGS = ["--device=cpu", "--dtype=fp32", "--batch=2", "--heads=2", "--head-dim=8"]
