@@ -5,9 +5,10 @@ python -m benchmarks.models decode --lengths 1024,16384,131072,1048576 --json de
 
 train: forward, backward and AdamW on one sequence of random bytes, bf16 autocast on CUDA; tokens/s
 and the peak of allocated memory. "exact" is the same width and depth with plain residual layers,
-torch's SDPA and activation checkpointing. decode: one token for one sequence after so many, on a
-cache filled with random numbers, in a CUDA graph on CUDA. "exact" keeps keys and values in full.
-Before anything is timed, small twins are checked: gradients against plain autograd, cached logits
+torch's SDPA and activation checkpointing; "accelerated" is transformers' own model after
+integrations.transformers.accelerate. decode: one token for one sequence after so many, on a cache
+filled with random numbers, in a CUDA graph on CUDA; "exact" keeps keys and values in full. Before
+anything is timed, small twins are checked: gradients against plain autograd, cached logits
 against a forward pass. measure.py says how time and memory are taken.
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reformer_ext.generate import autocast
+from reformer_ext.integrations.transformers import accelerate
 from reformer_ext.nn import (
     ChunkedFeedForward,
     DecodingCache,
@@ -132,6 +134,10 @@ def training_steps(
     yield "reformer_ext", lambda: step_of(ReformerLM(config), ours)
     yield "exact (checkpointed)", lambda: step_of(ExactLM(config), ours)
     yield "transformers", lambda: step_of(transformers_model(config, length, False), theirs)
+    yield (
+        "transformers (accelerated)",
+        lambda: step_of(accelerate(transformers_model(config, length, False)), theirs),
+    )
 
 
 def decoding_steps(
