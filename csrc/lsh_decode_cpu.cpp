@@ -15,6 +15,9 @@
 namespace reformer {
 namespace {
 
+// Elements read: waking a thread for less takes longer than the work.
+constexpr int64_t kWorthAThread = 1 << 16;
+
 template <typename S>
 using Wide = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
@@ -84,7 +87,8 @@ void decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& value
     return static_cast<S*>(x.data_ptr()) + head / heads * x.stride(0) + head % heads * x.stride(1) +
            i * x.stride(2);
   };
-  at::parallel_for(0, q.size(0) * heads * n, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kWorthAThread / (rounds * window * head_dim));
+  at::parallel_for(0, q.size(0) * heads * n, grain, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> found;
     std::vector<T> weights(rounds * window), wide(head_dim);
     for (int64_t task = begin; task < end; ++task) {
@@ -151,7 +155,8 @@ void lsh_cache_append_cpu(const at::Tensor& keys, const at::Tensor& values, cons
   int32_t* slots = table.mutable_data_ptr<int32_t>();
   int32_t* count = counts.mutable_data_ptr<int32_t>();
   const int32_t* bucket = wanted.const_data_ptr<int32_t>();
-  at::parallel_for(0, batch * heads * rounds, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kWorthAThread / n);
+  at::parallel_for(0, batch * heads * rounds, grain, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
       const int64_t first = begin_of[line / rounds / heads];
       for (int64_t i = 0; i < std::min(n, capacity - first); ++i) {

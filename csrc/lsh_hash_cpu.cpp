@@ -71,8 +71,10 @@ void hash_heads(const at::Tensor& x, const at::Tensor& rotations, at::IntArrayRe
       std::min<int64_t>(std::clamp<int64_t>(65536 / rows, 64, 1024) / lanes * lanes,
                         (length + lanes - 1) / lanes * lanes);
   const int64_t blocks = (length + block - 1) / block;
+  // A few positions of few heads, as in decoding, are not worth waking a thread for.
+  const int64_t grain = std::max<int64_t>(1, (1 << 20) / (rows * x.size(3) * block));
 
-  at::parallel_for(0, x.size(0) * heads * blocks, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, x.size(0) * heads * blocks, grain, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView guard;  // thread-local
     const at::Tensor projected = at::empty({rows, block}, projections.options());
     for (int64_t task = begin; task < end; ++task) {
