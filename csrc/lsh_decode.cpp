@@ -34,6 +34,8 @@ void check_cache(const char* op, const at::Tensor& keys, const at::Tensor& value
   check_rank(op, "keys", keys, 4, "[B, H, C, D]");
   check_shape(op, "keys", keys, {x.sym_size(0), x.sym_size(1), keys.sym_size(2), x.sym_size(3)},
               "(batch, heads, capacity, head dimension)");
+  REFORMER_CHECK(keys.sym_size(2) >= 1, op, ": expected keys with at least one place, got ",
+                 keys.sym_sizes());
   check_shape(op, "values", values, keys.sym_sizes(), "like keys");
   check_rank(op, "table", table, 5, "[B, H, R, N, W]");
   check_rank(op, "buckets", buckets, 4, "[B, H, R, T]");

@@ -145,8 +145,10 @@ void lsh_cache_append_cpu(const at::Tensor& keys, const at::Tensor& values, cons
   const int64_t rounds = table.size(2), n_buckets = table.size(3), window = table.size(4);
   const at::Tensor wanted = buckets.contiguous(), begins = lengths.contiguous();
   const int64_t* begin_of = begins.const_data_ptr<int64_t>();
-  for (int64_t b = 0; b < batch; ++b) {
+  for (int64_t b = 0; b < batch; ++b) {  // all before anything is written
     REFORMER_CHECK(begin_of[b] >= 0, "lsh_cache_append: expected lengths >= 0, got ", begin_of[b]);
+  }
+  for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = std::min(begin_of[b], capacity), room = std::min(n, capacity - first);
     for (const auto& [cache, rows] : {std::pair{keys, k}, std::pair{values, v}}) {
       cache.select(0, b).narrow(1, first, room).copy_(rows.select(0, b).narrow(1, 0, room));
@@ -163,6 +165,7 @@ void lsh_cache_append_cpu(const at::Tensor& keys, const at::Tensor& values, cons
         const int64_t b = bucket[line * n + i];
         if (b < 0 || b >= n_buckets) continue;  // padding
         int32_t& held = count[line * n_buckets + b];
+        REFORMER_CHECK(held >= 0, "lsh_cache_append: expected counts >= 0, got ", held);
         slots[(line * n_buckets + b) * window + held % window] = static_cast<int32_t>(first + i);
         ++held;
       }

@@ -209,6 +209,10 @@ def test_decoding_is_not_differentiable() -> None:
     [
         ({"q": (2, 3, 5)}, r"lsh_decode: expected q of shape \[B, H, L, D\]"),
         ({"keys": (2, 3, 60, 8)}, r"lsh_decode: expected keys of shape \[2, 3, 60, 16\]"),
+        (
+            {"keys": (2, 3, 0, 16), "values": (2, 3, 0, 16)},
+            r"lsh_decode: expected keys with at least one place, got \[2, 3, 0, 16\]",
+        ),
         ({"values": (2, 3, 61, 16)}, r"lsh_decode: expected values of shape .* like keys"),
         ({"table": (2, 3, 4, 5, 4)}, r"lsh_decode: expected table of shape \[2, 3, 2, 5, 4\]"),
         ({"counts": (2, 3, 2, 4)}, r"lsh_decode: expected counts of shape \[2, 3, 2, 5\]"),
@@ -254,6 +258,14 @@ def test_more_decode_errors() -> None:
         reformer_ext.lsh_cache_append(*cache.tensors(), k, v, buckets, lengths[:1])
     with pytest.raises(RuntimeError, match="lsh_cache_append: expected lengths >= 0, got -1"):
         reformer_ext.lsh_cache_append(*cache.tensors(), k, v, buckets, lengths - 1)
+    before = [tensor.clone() for tensor in cache.tensors()]
+    with pytest.raises(RuntimeError, match="lsh_cache_append: expected lengths >= 0, got -2"):
+        reformer_ext.lsh_cache_append(*cache.tensors(), k, v, buckets, torch.tensor([0, -2]))
+    for tensor, old in zip(cache.tensors(), before, strict=True):
+        torch.testing.assert_close(tensor, old, rtol=0, atol=0, equal_nan=True)
+    counts.fill_(-3)
+    with pytest.raises(RuntimeError, match="lsh_cache_append: expected counts >= 0, got -3"):
+        reformer_ext.lsh_cache_append(*cache.tensors(), k, v, buckets.clamp(max=4), lengths)
     counts.fill_(2)
     with pytest.raises(RuntimeError, match=r"expected table with positions in \[0, 60\), got -7"):
         reformer_ext.lsh_decode(k, *cache.tensors(), buckets.clamp(max=4))

@@ -374,7 +374,7 @@ def small_model(**fields: Any) -> ReformerLM:
     "fields",
     [
         {},
-        {"causal": False, "positions": "axial", "n_buckets": (2, 6)},
+        {"causal": False, "positions": "axial", "n_buckets": (2, 6), "local_wrap": True},
         {"same_bucket": True, "shared_qk_scale": None, "rotary_before_hash": True},
     ],
     ids=["causal", "bidirectional-axial", "same-bucket"],
@@ -407,6 +407,7 @@ def test_inspect_model_looks_at_what_the_layers_attend_with(
             *q.shape,
             rounds=options["buckets"].shape[2] if "buckets" in options else 0,
             shared="buckets" in options,
+            wrap=options.get("wrap"),
             **{name: options[name] for name in names},
         )
 

@@ -556,6 +556,14 @@ def test_errors() -> None:
             kind(10, 3)
         with pytest.raises(ValueError, match=rf"{name}: expected context \[1, M, 12\], got \[2, 5"):
             kind(12, 3)(torch.ones(1, 4, 12), torch.ones(2, 5, 12))
+    x, context = torch.ones(2, 4, 12), torch.ones(2, 5, 12)
+    for mask in (torch.zeros(1, 5).bool(), torch.zeros(2, 4).bool(), torch.zeros(2, 5)):
+        with pytest.raises(
+            ValueError, match=r"expected context_padding_mask \[2, 5\] of torch.bool"
+        ):
+            FullCrossAttention(12, 3)(x, context, context_padding_mask=mask)
+    with pytest.raises(ValueError, match=r"Reformer: expected tokens \[B, L\], got \[5\]"):
+        models()[0].decode(torch.zeros(5, dtype=torch.int64), context)
     with pytest.raises(ValueError, match="LSHCrossAttention: expected n_hashes and chunk_size"):
         LSHCrossAttention(12, 3, n_hashes=0)
 

@@ -196,6 +196,10 @@ def test_attention_errors(kind: type[nn.Module]) -> None:
         kind(12, 3, dropout=1.0)
     with pytest.raises(ValueError, match=rf"{name}: expected x \[B, L, 12\], got \[5, 12\]"):
         kind(12, 3)(torch.ones(5, 12))
+    mask = torch.zeros(1, 5, dtype=torch.bool)
+    for bad in (mask, mask.expand(2, -1)[:, 1:], mask.expand(2, -1).int()):
+        with pytest.raises((ValueError, RuntimeError), match=r"key_padding_mask of|\[2, 5\]"):
+            kind(12, 3)(torch.ones(2, 5, 12), key_padding_mask=bad)
 
 
 # Positions
@@ -583,8 +587,10 @@ def test_compiled_hash_rotations_are_the_same_bits() -> None:
         assert torch.equal(compiled(torch.tensor([step])), draw(torch.tensor([step])))
 
 
-def test_export() -> None:
-    model = ReformerLM(small_config(n_buckets=8)).double().eval()
+@pytest.mark.parametrize("positions", ["rotary", "axial", "absolute"])
+def test_export(positions: str) -> None:
+    config = small_config(n_buckets=8, positions=positions, max_length=128)
+    model = ReformerLM(config).double().eval()
     length = torch.export.Dim("length", min=2, max=128)
     tokens = torch.randint(256, (2, 24))
     program = torch.export.export(model, (tokens,), dynamic_shapes=({1: length},))

@@ -498,6 +498,7 @@ def _inspect_local(
         look_back=module.look_back,
         look_ahead=module.look_ahead,
         causal=module.causal,
+        wrap=module.wrap,
         scale=module.scale,
         key_padding_mask=kwargs.get("key_padding_mask"),
         **options,

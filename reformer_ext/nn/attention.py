@@ -121,6 +121,14 @@ class _Attention(nn.Module):
         return self.dropout if self.training else 0.0
 
 
+def check_padding(expected: str, mask: Tensor | None, x: Tensor) -> None:
+    """Raises ValueError unless the mask is that of ``x (B, L, ...)``, or None."""
+    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"{expected} {list(x.shape[:2])} of torch.bool, got {list(mask.shape)} of {mask.dtype}"
+        )
+
+
 def _prompt_lengths(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     """Of the sequences ``x (B, L, dim)``, padded at their ends."""
     if key_padding_mask is None:
@@ -498,6 +506,7 @@ class FullSelfAttention(_Attention):
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`.
         Dropout draws from the global generator."""
         q, *ks, v = self._project_in(x)
+        check_padding("FullSelfAttention: expected key_padding_mask", key_padding_mask, x)
         if rotary is not None:
             q, ks = apply_rotary(q, rotary), [apply_rotary(k, rotary) for k in ks]
         k = F.normalize(q, dim=-1) if self.shared_qk else ks[0]

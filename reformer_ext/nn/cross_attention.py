@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .attention import _Attention, hash_rotations
+from .attention import _Attention, check_padding, hash_rotations
 
 __all__ = ["FullCrossAttention", "LSHCrossAttention"]
 
@@ -103,6 +103,9 @@ class FullCrossAttention(_CrossAttention):
             ``(B, L, dim)``.
         """
         q, k, v = self._project(x, context)
+        check_padding(
+            "FullCrossAttention: expected context_padding_mask", context_padding_mask, context
+        )
         mask = nothing = None
         if context_padding_mask is not None:
             # Over padding alone all is let in, and thrown away: finite, and without gradient.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ops import default_n_buckets
 from ..packed import map_sequences, sequence_lengths
-from .attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
+from .attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention, check_padding
 from .cache import DecodingCache
 from .feed_forward import ACTIVATIONS, ChunkedFeedForward, chunked_lm_loss, map_positions
 from .positions import AbsolutePositions, AxialPositions, RotaryPositions
@@ -563,12 +563,7 @@ class Reformer(nn.Module):
             raise ValueError(f"Reformer: expected tokens [B, L], got {list(tokens.shape)}")
         if tokens.shape[1] < 1:
             raise ValueError(f"Reformer: expected at least one position, got {list(tokens.shape)}")
-        mask = key_padding_mask
-        if mask is not None and (mask.shape != tokens.shape[:2] or mask.dtype != torch.bool):
-            raise ValueError(
-                f"Reformer: expected key_padding_mask {list(tokens.shape[:2])} of torch.bool, "
-                f"got {list(mask.shape)} of {mask.dtype}"
-            )
+        check_padding("Reformer: expected key_padding_mask", key_padding_mask, tokens)
 
     def _embed(
         self, tokens: Tensor, lengths: list[int] | None = None, at: Tensor | None = None

@@ -86,6 +86,9 @@ class AxialPositions(nn.Module):
     def forward(self, length: int) -> Tensor:
         """The first ``length`` vectors, ``(length, dim)``. ValueError above ``prod(shape)``."""
         _check_length("AxialPositions", length, math.prod(self.shape))
+        if torch.compiler.is_compiling() and not self.training:
+            # A graph for any length: how many whole rows there are would fix it.
+            return self.at(torch.arange(length, device=self.weights[0].device))
         # Whole rows of the first axis, broadcast: a gather's backward would need atomics.
         rows = -(-length // math.prod(self.shape[1:]))
         grid = (rows, *self.shape[1:])
