@@ -494,6 +494,18 @@ def test_generate_takes_memory_for_what_it_writes() -> None:
     assert long[:7] == short
 
 
+def test_generate_with_a_compiled_model() -> None:
+    torch.manual_seed(0)
+    config = ReformerConfig(dim=32, heads=2, layers=("local", "lsh"), max_length=24)
+    model = ReformerLM(config).eval()
+    torch._dynamo.reset()
+    texts = [
+        b"".join(generate(either, b"abc", 60, seed=1))
+        for either in (model, torch.compile(model, backend="eager"))
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_generate_errors(model: ReformerLM) -> None:
     bad = {"temperature": -1.0, "top_p": 0.0, "top_k": -1, "repetition_penalty": 0.0}
     for name, value in bad.items():

@@ -158,16 +158,19 @@ def _continue(
     running = [True] * len(prompts)
     with torch.inference_mode(), autocast(device):
         cache = model.new_cache(len(prompts), capacity, n_buckets=n_buckets)
-    for step in range(length):
+    held = 0  # positions in the cache, which does not count the steps of a compiled model
+    for _ in range(length):
         with torch.inference_mode(), autocast(device):
-            if step > 0 and cache.used < capacity:
+            if 0 < held < capacity:
                 last = torch.tensor([[context[-1]] for context in contexts], device=device)
                 logits = model(last, cache=cache)[:, -1]
+                held += 1
             else:
-                if step > 0:  # full
+                if held == capacity:
                     contexts = [context[-max(limit // 2, 1) :] for context in contexts]
                     cache.reset()
                 logits = _logits_after(model, contexts, cache)
+                held = max(map(len, contexts))
         rows = logits[:, :256].float().cpu()
         tokens: list[int | None] = []
         for i, context in enumerate(contexts):
