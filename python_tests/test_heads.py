@@ -86,6 +86,17 @@ def test_sequence_classification_is_of_the_mean_without_padding() -> None:
     torch.testing.assert_close(loss, (by_hand[0, 2] + by_hand[2, 0]) / 2)
 
 
+def test_a_mean_over_many_positions_fits_in_float16() -> None:
+    config = small_config(layers=("local",), local_chunk_size=4)
+    model = ReformerForSequenceClassification(config, 3).eval()
+    torch.nn.init.constant_(model.reformer.norm.bias, 8.0)
+    model.half()
+    tokens = torch.randint(40, (1, 9000))
+    mask = torch.zeros(1, 9000, dtype=torch.bool)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, key_padding_mask=mask), model(tokens))
+
+
 def test_token_classification_loss_is_the_cross_entropy_of_its_logits() -> None:
     model = ReformerForTokenClassification(small_config(loss_chunk_size=7), 5).double().eval()
     tokens, mask = batch()

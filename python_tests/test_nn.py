@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
+import importlib
 import json
 import math
 from pathlib import Path
@@ -503,6 +505,15 @@ def test_model_errors() -> None:
         model(torch.zeros(1, 5, 31))
     with pytest.raises(ValueError, match="AbsolutePositions: expected at most 128 positions"):
         model(torch.zeros(1, 129, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("module", ["nn.models", "nn.encoder_decoder", "integrations.transformers"])
+def test_docstring_examples(module: str) -> None:
+    if module == "integrations.transformers":
+        pytest.importorskip("transformers", reason="needs transformers")
+    results = doctest.testmod(importlib.import_module(f"reformer_ext.{module}"))
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 # Saving and loading

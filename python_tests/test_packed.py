@@ -343,8 +343,13 @@ def test_other_errors() -> None:
         reformer_ext.lsh_attention_packed(x[0], x[0], [0, 10])
     with pytest.raises(ValueError, match=r"expected batch and length \[1, total\] .*, got \[2, 10"):
         reformer_ext.lsh_attention_packed(*x.expand(2, 2, -1, -1, -1), [0, 10])
-    with pytest.raises(ValueError, match=r"expected batch size 1 and 10 positions .*\[1, 2, 9, 8"):
+    with pytest.raises(RuntimeError, match=r"lsh_attention_packed: expected v \[1, 2, 10, 8\], as"):
         reformer_ext.lsh_attention_packed(x, x[:, :, :9], [0, 10])
+    with pytest.raises(RuntimeError, match=r"chunked_attention_packed: expected k \[1, 2, 10, 8\]"):
+        reformer_ext.chunked_attention_packed(x, x[:, :1], x, [0, 10])
+    buckets = torch.zeros(1, 2, 3, 9, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"expected batch size 1 and 10 positions .*\[1, 2, 3, 9"):
+        reformer_ext.lsh_attention_packed(x, x, [0, 10], buckets=buckets)
     for name, call in {
         "chunked_attention_packed": lambda: reformer_ext.chunked_attention_packed(
             x, x, x, [0, 10], key_padding_mask=mask

@@ -369,6 +369,24 @@ def test_backward_in_another_mode_is_refused() -> None:
         y1.sum().backward()
 
 
+@pytest.mark.parametrize("how", ["functional", "frozen"])
+def test_backward_with_other_parameters_is_refused(how: str) -> None:
+    """It would leave those of the forward without gradient."""
+    stack, plain = mlp_stacks(depth=1)
+    x = torch.randn(2, 3, DIM)
+    if how == "frozen":
+        y = sum(stack(x))
+        stack.requires_grad_(False)
+    else:
+        given = {name: p.detach().clone().requires_grad_() for name, p in plain.named_parameters()}
+        y = sum(torch.func.functional_call(plain, given, (x,)))
+        y.sum().backward()
+        assert all(p.grad is not None for p in given.values())
+        y = sum(torch.func.functional_call(stack, given, (x,)))
+    with pytest.raises(RuntimeError, match="expected backward with the parameters of its forward"):
+        y.sum().backward()
+
+
 def test_shared_modules_accumulate() -> None:
     """One module at several depths: RP's bucket cache, keyed by depth, would mix them up."""
     x = torch.randn(2, 30, DIM, dtype=torch.float64)

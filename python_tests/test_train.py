@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -482,6 +483,27 @@ def test_generate_is_the_models_argmax() -> None:
         with torch.no_grad():
             logits = model(torch.tensor([list(prompt + text)]))[0, len(prompt) - 1 : -1, :256]
         assert text == bytes(logits.argmax(dim=-1).tolist())
+
+
+def test_generate_takes_memory_for_what_it_writes() -> None:
+    config = ReformerConfig(dim=32, heads=2, layers=("local", "lsh", "full"), chunk_size=16)
+    model = ReformerLM(config).eval()
+    with mock.patch.object(model, "new_cache", wraps=model.new_cache) as new_cache:
+        long, short = (b"".join(generate(model, b"abc", n, seed=1)) for n in (40, 7))
+    assert [call.args for call in new_cache.call_args_list] == [(1, 43), (1, 10)]
+    assert long[:7] == short
+
+
+def test_generate_with_a_compiled_model() -> None:
+    torch.manual_seed(0)
+    config = ReformerConfig(dim=32, heads=2, layers=("local", "lsh"), max_length=24)
+    model = ReformerLM(config).eval()
+    torch._dynamo.reset()
+    texts = [
+        b"".join(generate(either, b"abc", 60, seed=1))
+        for either in (model, torch.compile(model, backend="eager"))
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_generate_errors(model: ReformerLM) -> None:

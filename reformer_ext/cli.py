@@ -108,8 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind, text in _FIELDS:
         cpu, gpu = (_default(name.replace("-", "_"), device) for device in ("cpu", "cuda"))
         default = cpu if cpu == gpu else f"{cpu} on a CPU, {gpu} on a GPU"
+        metavar = {int: "N", float: "X"}.get(kind, "KINDS")
         recipe.add_argument(
-            f"--{name}", type=kind, metavar="N", help=f"{text} (default: {default})"
+            f"--{name}", type=kind, metavar=metavar, help=f"{text} (default: {default})"
         )
     learn.set_defaults(run=_train)
 

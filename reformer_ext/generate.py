@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .checkpoint import CheckpointError, load_checkpoint
 from .nn import DecodingCache, ReformerConfig, ReformerLM
+from .ops import default_n_buckets
 
 __all__ = ["Sampling", "autocast", "generate", "generate_batch", "load_model", "sample"]
 
@@ -145,23 +146,31 @@ def _continue(
 ) -> Iterator[list[int | None]]:
     """The next byte of every prompt, None for those that have stopped, until all have."""
     device = next(model.parameters()).device
-    capacity = model.config.max_length
+    config = model.config
+    limit = config.max_length
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    contexts = [list(prompt[-capacity:]) or [0] for prompt in prompts]
+    contexts = [list(prompt[-limit:]) or [0] for prompt in prompts]
+    # No more room than will be used; the buckets are those of the full context nevertheless, so
+    # that the text does not depend on the length.
+    capacity = min(limit, max(map(len, contexts)) + length)
+    n_buckets = config.n_buckets or default_n_buckets(limit, config.chunk_size)
     written = [bytearray() for _ in prompts]
     running = [True] * len(prompts)
     with torch.inference_mode(), autocast(device):
-        cache = model.new_cache(len(prompts), capacity)
-    for step in range(length):
+        cache = model.new_cache(len(prompts), capacity, n_buckets=n_buckets)
+    held = 0  # positions in the cache, which does not count the steps of a compiled model
+    for _ in range(length):
         with torch.inference_mode(), autocast(device):
-            if step > 0 and cache.used < capacity:
+            if 0 < held < capacity:
                 last = torch.tensor([[context[-1]] for context in contexts], device=device)
                 logits = model(last, cache=cache)[:, -1]
+                held += 1
             else:
-                if step > 0:  # full
-                    contexts = [context[-max(capacity // 2, 1) :] for context in contexts]
+                if held == capacity:
+                    contexts = [context[-max(limit // 2, 1) :] for context in contexts]
                     cache.reset()
                 logits = _logits_after(model, contexts, cache)
+                held = max(map(len, contexts))
         rows = logits[:, :256].float().cpu()
         tokens: list[int | None] = []
         for i, context in enumerate(contexts):

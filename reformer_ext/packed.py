@@ -62,7 +62,7 @@ def chunked_attention_packed(
         RuntimeError: naming the argument, what was expected and what came.
     """
     name = "chunked_attention_packed"
-    lengths = sequence_lengths(name, cu_seqlens, _line(name, q), key_padding_mask)
+    lengths = sequence_lengths(name, cu_seqlens, _line(name, q, k, v), key_padding_mask)
     seed = ops._seed_tensor(dropout_seed, options.get("dropout_p", 0.0), q.device)
 
     def attend(
@@ -120,7 +120,7 @@ def lsh_attention_packed(
         RuntimeError: naming the argument, what was expected and what came.
     """
     name = "lsh_attention_packed"
-    lengths = sequence_lengths(name, cu_seqlens, _line(name, qk), key_padding_mask)
+    lengths = sequence_lengths(name, cu_seqlens, _line(name, qk, k, v), key_padding_mask)
     seed = ops._seed_tensor(dropout_seed, options.get("dropout_p", 0.0), qk.device)
 
     def attend(
@@ -259,9 +259,14 @@ def group_seed(seed: int | Tensor | None, group: int) -> int | Tensor | None:
     return (seed + (group << 40)) % 2**63
 
 
-def _line(name: str, q: Tensor) -> tuple[int, int]:
+def _line(name: str, q: Tensor, k: Tensor | None, v: Tensor) -> tuple[int, int]:
     if q.dim() != 4:
         raise RuntimeError(f"{name}: expected queries [1, H, total, D], got {list(q.shape)}")
+    for argument, x in (("k", k), ("v", v)):
+        if x is not None and x.shape != q.shape:
+            raise RuntimeError(
+                f"{name}: expected {argument} {list(q.shape)}, as the queries, got {list(x.shape)}"
+            )
     return q.shape[0], q.shape[2]
 
 

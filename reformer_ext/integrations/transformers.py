@@ -92,9 +92,13 @@ def from_transformers(
 def to_transformers(model: Reformer | ReformerLM) -> tuple[Any, dict[str, Tensor]]:
     """The transformers configuration of a model, and a copy of its weights under their names there.
 
+    >>> from transformers import ReformerModelWithLMHead
+    >>> options = {"positions": "axial", "streams": "concat", "head_bias": True, "local_wrap": True}
+    >>> model = ReformerLM(ReformerConfig(dim=64, heads=2, layers=("local", "lsh"), **options))
     >>> config, weights = to_transformers(model)
-    >>> theirs = transformers.ReformerModelWithLMHead(config)
+    >>> theirs = ReformerModelWithLMHead(config)
     >>> theirs.load_state_dict(weights)
+    <All keys matched successfully>
 
     ``config.architectures`` names the class: ``ReformerModel``, ``ReformerModelWithLMHead``
     (causal) or ``ReformerForMaskedLM``. ``hash_seed`` 0 becomes None, a new hash at each call.

@@ -94,7 +94,9 @@ class ReformerForSequenceClassification(_ReformerHead):
             pooled = hidden.mean(dim=1)
         else:
             length = (~key_padding_mask).sum(dim=1, keepdim=True).clamp(min=1)
-            pooled = hidden.masked_fill(key_padding_mask[..., None], 0.0).sum(dim=1) / length
+            hidden = hidden.masked_fill(key_padding_mask[..., None], 0.0)
+            wide = torch.promote_types(hidden.dtype, torch.float32)  # float16 ends at 65,504
+            pooled = (hidden.sum(dim=1, dtype=wide) / length).to(hidden.dtype)
         return self.head(self.dropout(pooled))
 
     def loss(

@@ -89,7 +89,8 @@ class ReversibleStack(nn.Module):
         Raises:
             ValueError: f_kwargs has not one entry per block, or a tensor in it requires grad.
             RuntimeError: a block is sharded on its own; in backward, if a module's ``training``
-                flag is not what it was.
+                flag is not what it was, or its parameters are others (as after
+                ``torch.func.functional_call``, which takes ``reversible=False``) or frozen.
         """
         x2 = x1 if x2 is None else x2
         if f_kwargs is None:
@@ -174,7 +175,7 @@ class _Run:
         self.device = device
         self.preserve_rng_state = preserve_rng_state
         self.context = context
-        self.parameters = list(dict.fromkeys(p for call in calls for p in call.parameters()))
+        self.parameters = self.current_parameters()
         if any(_is_sharded(p) for p in self.parameters):  # would get no gradient
             raise RuntimeError(
                 "ReversibleStack: expected whole parameters, got sharded ones; apply fully_shard "
@@ -185,6 +186,10 @@ class _Run:
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in dict.fromkeys(("cpu", device.type))
         ]
+
+    def current_parameters(self) -> list[nn.Parameter]:
+        """Those of all calls that require grad, each once."""
+        return list(dict.fromkeys(p for call in self.calls for p in call.parameters()))
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -257,6 +262,11 @@ class _Reversible(torch.autograd.Function):
             raise RuntimeError(
                 "ReversibleStack: expected backward in the mode of its forward (train or eval), "
                 "got modules switched in between, which would recompute another function"
+            )
+        if list(map(id, run.current_parameters())) != list(map(id, run.parameters)):
+            raise RuntimeError(
+                "ReversibleStack: expected backward with the parameters of its forward, got "
+                "others, or frozen ones, which would get no gradient"
             )
         y1, y2, *saved = ctx.saved_tensors
         context = dict(zip(run.context, saved, strict=False))
