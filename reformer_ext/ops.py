@@ -206,7 +206,7 @@ def chunked_attention(
         buckets=buckets,
         correct_duplicates=correct_duplicates,
         dropout_p=dropout_p,
-        dropout_seed=_seed_tensor(dropout_seed, dropout_p, q.device),
+        dropout_seed=seed_tensor(dropout_seed, dropout_p, q.device),
     )
 
 
@@ -298,7 +298,7 @@ def lsh_attention(
         key_padding_mask=key_padding_mask,
         correct_duplicates=correct_duplicates,
         dropout_p=dropout_p,
-        dropout_seed=_seed_tensor(dropout_seed, dropout_p, qk.device),
+        dropout_seed=seed_tensor(dropout_seed, dropout_p, qk.device),
     )
     if not (return_lse or return_buckets):
         return out
@@ -532,9 +532,7 @@ def _padding(expected: str, x: Tensor, mask: Tensor | None) -> Tensor:
     return mask
 
 
-def _seed_tensor(
-    seed: int | Tensor | None, dropout_p: float, device: torch.device
-) -> Tensor | None:
+def seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
     if dropout_p == 0.0:
         return None
     if isinstance(seed, Tensor):

@@ -63,7 +63,7 @@ def chunked_attention_packed(
     """
     name = "chunked_attention_packed"
     lengths = sequence_lengths(name, cu_seqlens, _line(name, q, k, v), key_padding_mask)
-    seed = ops._seed_tensor(dropout_seed, options.get("dropout_p", 0.0), q.device)
+    seed = ops.seed_tensor(dropout_seed, options.get("dropout_p", 0.0), q.device)
 
     def attend(
         group: int,
@@ -121,7 +121,7 @@ def lsh_attention_packed(
     """
     name = "lsh_attention_packed"
     lengths = sequence_lengths(name, cu_seqlens, _line(name, qk, k, v), key_padding_mask)
-    seed = ops._seed_tensor(dropout_seed, options.get("dropout_p", 0.0), qk.device)
+    seed = ops.seed_tensor(dropout_seed, options.get("dropout_p", 0.0), qk.device)
 
     def attend(
         group: int, qk: Tensor, v: Tensor, k: Tensor | None, buckets: Tensor | None

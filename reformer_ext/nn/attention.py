@@ -129,6 +129,12 @@ def check_padding(expected: str, mask: Tensor | None, x: Tensor) -> None:
         )
 
 
+def _narrow(buckets: Tensor, n_buckets: Sequence[int]) -> Tensor:
+    """Buckets in int16 where they fit, else int32; that of padding is ``prod(n_buckets)``."""
+    small = math.prod(n_buckets) <= torch.iinfo(torch.int16).max
+    return buckets.to(torch.int16 if small else torch.int32)
+
+
 def _prompt_lengths(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     """Of the sequences ``x (B, L, dim)``, padded at their ends."""
     if key_padding_mask is None:
@@ -312,9 +318,7 @@ class LSHSelfAttention(_Attention):
         y = self._project_out(out)
         if not return_buckets:
             return y
-        # The padding bucket is prod(n_buckets).
-        small = math.prod(self._n_buckets(longest)) <= torch.iinfo(torch.int16).max
-        return y, buckets.to(torch.int16 if small else torch.int32)
+        return y, _narrow(buckets, self._n_buckets(longest))
 
     def _n_buckets(self, length: int) -> Sequence[int]:
         return self.n_buckets or ops.default_n_buckets(length, self.chunk_size)

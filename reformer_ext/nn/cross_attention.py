@@ -3,7 +3,6 @@ LSH."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .attention import _Attention, check_padding, hash_rotations
+from .attention import _Attention, _narrow, check_padding, hash_rotations
 
 __all__ = ["FullCrossAttention", "LSHCrossAttention"]
 
@@ -247,6 +246,4 @@ class LSHCrossAttention(_CrossAttention):
         y = self._project_out(out)
         if not return_buckets:
             return y
-        # The padding bucket is prod(n_buckets).
-        small = math.prod(n_buckets) <= torch.iinfo(torch.int16).max
-        return y, buckets.to(torch.int16 if small else torch.int32)
+        return y, _narrow(buckets, n_buckets)
