@@ -100,27 +100,30 @@ __device__ __forceinline__ void score_gradients(Fragments& gradients,
   }
 }
 
-// A 64 x 64 tile in half the registers.
-using PackedTile = uint32_t[8][2];
+// An accumulator in half the registers.
+template <int kColumns>
+using PackedTile = uint32_t[kColumns / 8][2];
 
-template <typename Element>
-__device__ __forceinline__ void pack_tile(PackedTile& packed, const Accumulator& tile) {
+template <typename Element, int kGroups>
+__device__ __forceinline__ void pack_tile(uint32_t (&packed)[kGroups][2],
+                                          const float (&tile)[kGroups][4]) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < 2 * kGroups; ++i) {
     packed[i / 2][i % 2] = pack<Element>(tile[i / 2][i % 2 * 2], tile[i / 2][i % 2 * 2 + 1]);
   }
 }
 
 // Through the normalisation k = q / |q|: grad_k, the gradient of k divided by |q| already, loses
 // its part along k, unless the norm is clamped. Adds grad_q. Result in grad_k.
-template <typename Element>
-__device__ __forceinline__ void add_projected(Accumulator& grad_k, const PackedTile& grad_q,
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ void add_projected(AccumulatorOf<kHeadDim>& grad_k,
+                                              const PackedTile<kHeadDim>& grad_q,
                                               const uint8_t* q_tile, uint32_t upper_row,
                                               const float (&key_scales)[2], uint32_t thread) {
-  PackedTile q;
+  PackedTile<kHeadDim> q;
   float products[2] = {0.0F, 0.0F};
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < kHeadDim / 4; ++i) {
     const int j = i / 2, half = i % 2;
     q[j][half] = *reinterpret_cast<const uint32_t*>(q_tile + swizzled(upper_row + 8 * half, j) +
                                                     thread % 4 * 4);
@@ -133,7 +136,7 @@ __device__ __forceinline__ void add_projected(Accumulator& grad_k, const PackedT
     products[half] = key_scales[half] < kMaxKeyScale ? along : 0.0F;
   }
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < kHeadDim / 4; ++i) {
     const int j = i / 2, half = i % 2;
     const float2 pair = unpack<Element>(q[j][half]), sum = unpack<Element>(grad_q[j][half]);
     grad_k[j][2 * half] += sum.x - products[half] * pair.x;
@@ -177,8 +180,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     const uint32_t slot = n % kSlots;
     const auto& positions = shared.position[n % kPositionSlots];
     auto& tiles = shared.tiles[slot];
-    int copied[kCopiedRows];
-    read_copied_positions(copied, positions, thread);
+    typename Copy<kHeadDim>::Positions copied;
+    read_copied_positions<kHeadDim>(copied, positions, thread);
     gather_tile<kHeadDim>(shared_address(tiles[kQ]), q, args.q.row_bytes, copied, thread);
     gather_tile<kHeadDim>(shared_address(tiles[kV]), v, args.v.row_bytes, copied, thread);
     gather_tile<kHeadDim>(shared_address(tiles[kGradOut]), grad_out, args.grad_out.row_bytes,
@@ -201,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   gather(1, line.rows(chunk), threadIdx.x);
   int pending_position = load_position();
 
-  Accumulator grad_q, grad_k, grad_v;
+  AccumulatorOf<kHeadDim> grad_q, grad_k, grad_v;
   uint32_t buffer = 0;  // of score_gradients
 
   // The keys of chunk `keys` meet the queries of chunk `queries`. First products start a sum, later
@@ -269,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   attend(0, 1, line.has_previous(chunk), std::false_type{}, false, false);
   for (uint32_t n = 1; n <= steps; ++n) {
     attend(n, n, true, std::true_type{}, false, true);
-    PackedTile grad_q_rows;
+    PackedTile<kHeadDim> grad_q_rows;
     wgmma_wait<0>();
     pin(grad_q);
     pack_tile<Element>(grad_q_rows, grad_q);
@@ -290,8 +293,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     const uint32_t upper_row = thread / 32 * 16 + thread % 32 / 4, slot = n % kSlots;
     const float key_scales[2] = {shared.stats[slot][upper_row].key_scale,
                                  shared.stats[slot][upper_row + 8].key_scale};
-    add_projected<Element>(grad_k, grad_q_rows, shared.tiles[slot][kQ], upper_row, key_scales,
-                           thread);
+    add_projected<Element, kHeadDim>(grad_k, grad_q_rows, shared.tiles[slot][kQ], upper_row,
+                                     key_scales, thread);
     const uint32_t warp = thread / 32, first_row = 16 * warp;
     const int* positions = &shared.position[n % kPositionSlots][first_row];
     const int64_t round_begin = int64_t{chunk.round} * line.length * kHeadDim;
