@@ -7,6 +7,7 @@
 #pragma once
 
 #include "chunked_attention_stages.h"
+#include "device_traits.cuh"
 #include "wgmma.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -132,9 +133,6 @@ inline int run_length(int64_t heads, int line_chunks, int resident_blocks, int l
   }
   return best;
 }
-
-// Multiprocessors of the current device.
-cudaError_t multiprocessor_count(int* count);
 
 inline constexpr int64_t kLargestRowStride = int64_t{1} << 28;  // row_bytes is an int
 

@@ -312,13 +312,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 template <typename Element, int kHeadDim, bool kCausal>
 cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
                             const BackwardStage& stage, cudaStream_t stream) {
-  int multiprocessors = 0;
-  cudaError_t error = multiprocessor_count(&multiprocessors);
+  DeviceTraits traits{};
+  cudaError_t error = current_device_traits(&traits);
   if (error != cudaSuccess) return error;
 
   const Line line = make_line(params);
-  const int run =
-      run_length(stage.head_count, line.chunks(), multiprocessors * kResidentBlocks, kLongestRun);
+  const int run = run_length(stage.head_count, line.chunks(),
+                             traits.multiprocessors * kResidentBlocks, kLongestRun);
   const BackwardArgs<Element> args{Rows(params.q, sizeof(Element)),
                                    Rows(params.v, sizeof(Element)),
                                    Rows(params.grad_out, sizeof(Element)),
