@@ -512,17 +512,11 @@ class Reformer(nn.Module):
         key_padding_mask: Tensor | None,
         n_hashes: int | None,
         cache: DecodingCache,
+        cross_caches: Sequence[nn.Module] = (),
     ) -> Tensor:
-        if self.training or torch.is_grad_enabled():
-            raise RuntimeError(
-                "Reformer: expected evaluation mode and torch.no_grad() with a cache, got "
-                f"training={self.training} and gradients {torch.is_grad_enabled()}"
-            )
-        if n_hashes is not None:
-            raise ValueError("Reformer: n_hashes is the cache's; give it to new_cache")
-        batch, length = tokens.shape[:2]
-        if not torch.compiler.is_compiling():
-            cache.check(self.config, batch, length)
+        """``cross_caches`` of an encoder-decoder's layers, filled."""
+        self._check_cache(tokens, n_hashes, cache)
+        length = tokens.shape[1]
         if cache.filled:
             if key_padding_mask is not None:
                 raise ValueError("Reformer: expected no key_padding_mask after the prompt, got one")
@@ -530,7 +524,7 @@ class Reformer(nn.Module):
             rotary = None if self.rotary is None else self.rotary.at(positions[:, None])
             common = {"rotary": rotary, "cache_lengths": cache.lengths}
             x = self._embed(tokens, at=positions)
-            hidden = self._run(x, [{**common, "cache": layer} for layer in cache.layers])
+            hidden = self._run(x, _cached_kwargs(common, cache, cross_caches))
             cache.extend(torch.full_like(cache.lengths, length), length)
             return hidden
 
@@ -544,12 +538,24 @@ class Reformer(nn.Module):
             order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)
             key_padding_mask = key_padding_mask.gather(1, order)
             tokens = _take(tokens, order)
-        rotary = None if self.rotary is None else self.rotary(length, tokens.device)
+        x, key_padding_mask = self._pad(self._embed(tokens), key_padding_mask)
+        rotary = None if self.rotary is None else self.rotary(x.shape[1], x.device)
         common = {"rotary": rotary, "key_padding_mask": key_padding_mask}
-        x = self._embed(tokens)
-        hidden = self._run(x, [{**common, "cache": layer} for layer in cache.layers])
+        hidden = self._run(x, _cached_kwargs(common, cache, cross_caches))[:, :length]
         cache.extend(lengths, length)
         return hidden if order is None else _take(hidden, order.argsort(dim=1))
+
+    def _check_cache(self, tokens: Tensor, n_hashes: int | None, cache: DecodingCache) -> None:
+        """Raises unless the cache may be used now and has room for the tokens."""
+        if self.training or torch.is_grad_enabled():
+            raise RuntimeError(
+                "Reformer: expected evaluation mode and torch.no_grad() with a cache, got "
+                f"training={self.training} and gradients {torch.is_grad_enabled()}"
+            )
+        if n_hashes is not None:
+            raise ValueError("Reformer: n_hashes is the cache's; give it to new_cache")
+        if not torch.compiler.is_compiling():
+            cache.check(self.config, tokens.shape[0], tokens.shape[1])
 
     def _check(self, tokens: Tensor, key_padding_mask: Tensor | None) -> None:
         """Raises ValueError unless the arguments have the shapes that :meth:`forward` says."""
@@ -724,6 +730,19 @@ def lm_head(config: ReformerConfig) -> nn.Linear | None:
     if config.head_bias:
         nn.init.zeros_(head.bias)
     return head
+
+
+def _cached_kwargs(
+    common: Mapping[str, Any], cache: DecodingCache, cross_caches: Sequence[nn.Module]
+) -> list[dict[str, Any]]:
+    """What each attention layer gets beside x, an encoder-decoder's for both attentions."""
+    result = [{**common, "cache": layer} for layer in cache.layers]
+    if not cross_caches:
+        return result
+    return [
+        {"self_kwargs": kwargs, "cross_kwargs": {"cache": cross}}
+        for kwargs, cross in zip(result, cross_caches, strict=True)
+    ]
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
