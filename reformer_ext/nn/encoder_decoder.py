@@ -382,7 +382,7 @@ class _Decoder(Reformer):
             {"self_kwargs": for_self, "cross_kwargs": for_cross}
             for for_self, for_cross in zip(self_kwargs, cross_kwargs, strict=True)
         ]
-        return self._run(x, f_kwargs, {"context": context})[:, :length]
+        return self._unpad(self._run(x, f_kwargs, {"context": context}), length)
 
     def new_cache(  # type: ignore[override]
         self, batch: int, capacity: int, source_capacity: int, **options: Any
