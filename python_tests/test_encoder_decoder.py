@@ -785,6 +785,18 @@ def test_operator_errors() -> None:
         attend(q, k[:, :1], k)
     with pytest.raises(RuntimeError, match=r"expected v \[2, 2, 7, 8\], as k, got \[2, 2, 5, 8\]"):
         attend(q, k, q)
+    with pytest.raises(
+        RuntimeError, match=r"expected k of dtype torch\.float32, as q, got torch\.float64"
+    ):
+        attend(q, k.double(), k.double())
+    with pytest.raises(
+        RuntimeError, match=r"expected v of dtype torch\.bfloat16, as q, got torch\.float32"
+    ):
+        attend(q.bfloat16(), k.bfloat16(), k)
+    with pytest.raises(RuntimeError, match="lsh_cross_attention: expected v on cpu, as q, got met"):
+        attend(q, k, k.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(q, k.bfloat16(), k).dtype == torch.bfloat16
     mask = torch.zeros(2, 5, dtype=torch.bool)
     with pytest.raises(RuntimeError, match=r"expected key_padding_mask \[2, 7\] .*\[2, 5\]"):
         attend(q, k, k, key_padding_mask=mask)

@@ -369,8 +369,8 @@ def lsh_cross_attention(
 
     Args:
         q: ``(B, H, Lq, D)``.
-        k: ``(B, H, Lk, D)``.
-        v: the same shape as k.
+        k: ``(B, H, Lk, D)``, of q's dtype (but under autocast).
+        v: the same shape and dtype as k.
         n_hashes: rounds R; ignored with ``rotations`` or ``buckets``, which bring their own.
         chunk_size: rows of the joint list in a chunk.
         n_buckets: an even number, or a list of even factors; default :func:`default_n_buckets` of
@@ -405,6 +405,16 @@ def lsh_cross_attention(
         raise RuntimeError(
             f"lsh_cross_attention: expected v {list(k.shape)}, as k, got {list(v.shape)}"
         )
+    for name, x in (("k", k), ("v", v)):
+        if x.device != q.device:
+            raise RuntimeError(
+                f"lsh_cross_attention: expected {name} on {q.device}, as q, got {x.device}"
+            )
+        # Autocast brings them to one dtype; else the concatenation below would, unasked.
+        if x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+            raise RuntimeError(
+                f"lsh_cross_attention: expected {name} of dtype {q.dtype}, as q, got {x.dtype}"
+            )
     query_padding = _padding(
         "lsh_cross_attention: expected query_padding_mask", q, query_padding_mask
     )
