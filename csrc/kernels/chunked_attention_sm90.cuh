@@ -156,21 +156,21 @@ inline Line make_line(const ChunkedAttentionParams& params) {
           params.mask_self};
 }
 
-// Calls launch(Element{}, integral_constant<int, head_dim>, bool_constant<causal>).
-template <typename Launch>
+// Calls launch(Element{}, integral_constant<int, head_dim>, bool_constant<causal>) for one of the
+// head dims.
+template <int... kHeadDims, typename Launch>
 cudaError_t dispatch(const ChunkedAttentionParams& params, Launch launch) {
   const auto by_causal = [&](auto element, auto head_dim) {
     return params.causal ? launch(element, head_dim, std::true_type{})
                          : launch(element, head_dim, std::false_type{});
   };
   const auto by_head_dim = [&](auto element) {
-    switch (params.head_dim) {
-      case 32:
-        return by_causal(element, std::integral_constant<int, 32>{});
-      case 64:
-        return by_causal(element, std::integral_constant<int, 64>{});
-    }
-    return cudaErrorInvalidValue;
+    cudaError_t error = cudaErrorInvalidValue;
+    const auto launch_if_equal = [&](auto head_dim) {
+      if (params.head_dim == head_dim()) error = by_causal(element, head_dim);
+    };
+    (launch_if_equal(std::integral_constant<int, kHeadDims>{}), ...);
+    return error;
   };
   switch (params.dtype) {
     case DType::f16:

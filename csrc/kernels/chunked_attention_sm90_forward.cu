@@ -286,7 +286,7 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, const ForwardSt
 
 cudaError_t sm90_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
                          cudaStream_t stream) {
-  return sm90::dispatch(params, [&](auto element, auto head_dim, auto causal) {
+  return sm90::dispatch<32, 64>(params, [&](auto element, auto head_dim, auto causal) {
     return sm90::launch_forward<decltype(element), head_dim(), causal()>(params, stage, stream);
   });
 }

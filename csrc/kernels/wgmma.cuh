@@ -128,6 +128,12 @@ __device__ __forceinline__ uint32_t tile_descriptor(uint32_t address) {
 inline constexpr uint32_t kStepKMajor = 32 >> 4;         // 16 columns
 inline constexpr uint32_t kStepMnMajor = 16 * 128 >> 4;  // 16 rows
 
+// From a K-major operand's first to its (k + 1)th 16 columns: the ones past 64 are in the tile that
+// follows.
+__device__ constexpr uint32_t k_major_step(int k) {
+  return k / 4 * (kTileBytes >> 4) + k % 4 * kStepKMajor;
+}
+
 __device__ __forceinline__ uint64_t full_descriptor(uint32_t low) {
   constexpr uint32_t kHigh = (1u << 30) | (1024 >> 4);  // 128-byte swizzle, 8-row groups 1024 apart
   uint64_t descriptor;
@@ -212,22 +218,22 @@ __device__ __forceinline__ void wgmma_k16(Accumulator& d, const uint32_t (&a)[4]
 #undef REFORMER_ACCUMULATOR_REGISTERS
 #undef REFORMER_ACCUMULATOR_OPERANDS
 
-// The products of 64 x 64 tiles, issued as one committed group (K = kSteps * 16). Operands are
-// descriptors' low words, or fragments for A.
+// The products of 64 x 64 tiles, issued as one committed group (K = kSteps * 16 where given).
+// Operands are descriptors' low words, or fragments for A.
 
-// d (+)= A B^T, rows of A and of B along M and N.
+// d = A B^T, rows of A and of B along M and N.
 template <typename Element, int kSteps = 4>
 __device__ __forceinline__ void multiply_abt(Accumulator& d, uint32_t a, uint32_t b) {
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    wgmma_k16<Element, 0, 0>(d, a + k * kStepKMajor, b + k * kStepKMajor, k > 0);
+    wgmma_k16<Element, 0, 0>(d, a + k_major_step(k), b + k_major_step(k), k > 0);
   }
   wgmma_commit();
 }
 template <typename Element, int kSteps = 4>
 __device__ __forceinline__ void multiply_abt(Accumulator& d, const Fragments& a, uint32_t b) {
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) wgmma_k16<Element, 0>(d, a[k], b + k * kStepKMajor, k > 0);
+  for (int k = 0; k < kSteps; ++k) wgmma_k16<Element, 0>(d, a[k], b + k_major_step(k), k > 0);
   wgmma_commit();
 }
 
@@ -238,6 +244,15 @@ __device__ __forceinline__ void multiply_ab(Accumulator& d, const Fragments& a, 
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     wgmma_k16<Element, 1>(d, a[k], b + k * kStepMnMajor, k > 0 || accumulate);
+  }
+  wgmma_commit();
+}
+template <typename Element>
+__device__ __forceinline__ void multiply_ab(Accumulator& d, uint32_t a, uint32_t b,
+                                            bool accumulate) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    wgmma_k16<Element, 0, 1>(d, a + k_major_step(k), b + k * kStepMnMajor, k > 0 || accumulate);
   }
   wgmma_commit();
 }
@@ -309,9 +324,9 @@ __device__ __forceinline__ float quad_max(float x) {
 inline constexpr int kStagingBytes = 8 * 128;  // per warp
 
 // Writes the warp's first `count` of 16 rows of a tile of kColumns columns to the rows at
-// `positions`. Through the warp's staging memory, eight rows at a time, so that eight lanes write a
-// whole row; streamed, as partial results are read once and much later.
-template <typename Element, int kColumns>
+// `positions`, kRowColumns elements each. Through the warp's staging memory, eight rows at a time,
+// so that eight lanes write a whole row; streamed, as partial results are read once and much later.
+template <typename Element, int kColumns, int kRowColumns = kColumns>
 __device__ __forceinline__ void store_rows(const Accumulator& tile, Element* rows,
                                            const int* positions, int count, uint8_t* staging,
                                            uint32_t thread) {
@@ -334,7 +349,7 @@ __device__ __forceinline__ void store_rows(const Accumulator& tile, Element* row
       const uint4 words = *reinterpret_cast<const uint4*>(staging + swizzled(i + row, piece));
       const int tile_row = 8 * half + i + static_cast<int>(row);
       uint4* destination =
-          indexed_address<uint4>(columns, positions[tile_row], kColumns * sizeof(Element));
+          indexed_address<uint4>(columns, positions[tile_row], kRowColumns * sizeof(Element));
       if (tile_row < count && piece * 8 < kColumns) __stcs(destination, words);
     }
     __syncwarp();
