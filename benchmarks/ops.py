@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+import reformer_ext
+
 from . import measure, plot, report
 from .case import DTYPES, VARIANTS, Call, Case, Workload, cases
 from .check import check, check_peer
@@ -68,6 +70,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cpu", "cuda"], default=best)
     parser.add_argument(
         "--modes", type=comma_separated(str, ("fwd", "bwd")), default="fwd,bwd", help="fwd, bwd"
+    )
+    parser.add_argument(
+        "--workspace-mib", type=int, help="cap of the scratch memory (set_workspace_limit)"
     )
     parser.add_argument("--peers", action="store_true", help="time the peers that can run too")
     parser.add_argument(
@@ -146,6 +151,8 @@ def main() -> None:
         device=[device],
     )
     torch.manual_seed(0)
+    if args.workspace_mib is not None:
+        reformer_ext.set_workspace_limit(args.workspace_mib * 2**20)
     result: report.Report = {
         "format": report.FORMAT,
         **measure.environment(device, "benchmarks.ops"),

@@ -54,6 +54,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("lengths"), release_gil());
   m.def("default_n_buckets", &reformer::default_n_buckets, py::arg("length"),
         py::arg("chunk_size") = 64, release_gil());
+  m.def("set_workspace_limit", &reformer::set_workspace_limit, py::arg("bytes"));
+  m.def("workspace_limit", &reformer::workspace_limit);
   m.def("build_info", &build_info,
         "What this library was built for: python, torch, cuda, cuda_archs.");
 }

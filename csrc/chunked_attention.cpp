@@ -9,6 +9,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #include "checks.h"
 #include "chunked_attention_common.h"
 #include "reformer.h"
@@ -287,6 +289,17 @@ Outputs chunked_attention(const at::Tensor& q, const std::optional<at::Tensor>& 
       options.mask_self, options.wrap, options.scale, options.key_padding_mask, buckets,
       options.correct_duplicates, options.dropout_p, options.dropout_seed));
 }
+
+namespace {
+std::atomic<int64_t> workspace_limit_bytes{int64_t{5} << 28};
+}  // namespace
+
+void set_workspace_limit(int64_t bytes) {
+  REFORMER_CHECK(bytes >= 0, "set_workspace_limit: expected bytes >= 0, got ", bytes);
+  workspace_limit_bytes = bytes;
+}
+
+int64_t workspace_limit() { return workspace_limit_bytes; }
 
 TORCH_LIBRARY_FRAGMENT(reformer, m) {
   const std::string options =

@@ -8,6 +8,7 @@
 #include "checks.h"
 #include "chunked_attention_common.h"
 #include "kernels/chunked_attention.h"
+#include "reformer.h"
 
 namespace reformer {
 namespace {
@@ -89,6 +90,7 @@ void fill(ChunkedAttentionParams& params, const ChunkedAttentionArgs& args) {
   params.correct_duplicates = args.correct_duplicates;
   params.scale = static_cast<float>(args.scale());
   params.dropout_p = args.dropout_p;
+  params.workspace_cap = workspace_limit();
 }
 
 at::Tensor allocate_workspace(const at::Tensor& q, int64_t bytes) {

@@ -65,6 +65,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lsh_attention(
     const std::optional<at::Tensor>& k = {}, const std::optional<at::Tensor>& buckets = {},
     bool same_bucket = false);
 
+// Scratch memory that chunked_attention takes on CUDA, in bytes: heads that need more together are
+// worked on in groups, with the same results; one head takes what it needs. Of the whole process;
+// 1.25 GiB at first.
+void set_workspace_limit(int64_t bytes);
+int64_t workspace_limit();
+
 // Joins attentions of the same queries over disjoint key sets by their log-sum-exp. Differentiable.
 // outs: n times [B, H, L, D], lses: n times [B, H, L] -> out [B, H, L, D], lse [B, H, L].
 std::tuple<at::Tensor, at::Tensor> merge_attention(at::TensorList outs, at::TensorList lses);

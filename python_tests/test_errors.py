@@ -299,6 +299,12 @@ BAD: dict[str, tuple[Callable[[], object], str, str, str]] = {
     ),
     "merge-rank": (merge([x(3, 20, 16)], [x(3, 20)]), "merge_attention", "outs", "3"),
     # helpers
+    "set_workspace_limit": (
+        lambda: reformer_ext.set_workspace_limit(-1),
+        "set_workspace_limit",
+        "bytes >= 0",
+        "-1",
+    ),
     "default_n_buckets-length": (
         lambda: reformer_ext.default_n_buckets(0),
         "default_n_buckets",

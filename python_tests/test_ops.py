@@ -7,7 +7,7 @@ as the readable reference is when it runs in the tested dtype, plus the dtype's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -774,10 +774,20 @@ def test_cuda_survives_an_order_out_of_range(name: str) -> None:
     torch.cuda.synchronize()
 
 
+@pytest.fixture
+def workspace_limit() -> Iterator[Callable[[int], None]]:
+    before = reformer_ext.workspace_limit()
+    yield reformer_ext.set_workspace_limit
+    reformer_ext.set_workspace_limit(before)
+
+
 @pytest.mark.gpu
-def test_cuda_memory_is_bounded() -> None:
-    """Beyond inputs, results and indices: the workspace, capped at 1.25 GiB however many heads.
-    Partial results of all rounds and heads would be 2 GiB forward and 4 GiB backward."""
+@pytest.mark.parametrize("mib", [None, 256])
+def test_cuda_memory_is_bounded(mib: int | None, workspace_limit: Callable[[int], None]) -> None:
+    """Beyond inputs, results and indices: the workspace, capped (at 1.25 GiB unless set) however
+    many heads. Partial results of all would be 2 GiB forward and 4 GiB backward."""
+    if mib is not None:
+        workspace_limit(mib * 2**20)
     batch, heads, length, head_dim, rounds = 8, 16, 16384, 64, 8
     qk, v, cotangent = (
         torch.randn(batch, heads, length, head_dim, device="cuda", dtype=torch.bfloat16)
@@ -798,10 +808,23 @@ def test_cuda_memory_is_bounded() -> None:
     both = torch.cuda.max_memory_allocated() - before
     positions = batch * heads * length
     result, indices = 2 * positions * head_dim, 2 * 4 * rounds * positions
-    cap = int(1.25 * 2**30)
+    cap = reformer_ext.workspace_limit()
+    assert cap == (mib or 1280) * 2**20
     assert 2 * rounds * positions * head_dim > cap
     assert forward - indices - result < 1.05 * cap
     assert both - indices - 3 * result < 1.05 * cap
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # generic and wgmma kernels
+def test_cuda_workspace_limit_changes_no_bit(
+    dtype: torch.dtype, workspace_limit: Callable[[int], None]
+) -> None:
+    inputs = cuda_inputs("cuda", dtype)
+    expected = cuda_step(*inputs)
+    workspace_limit(0)  # one head after the other
+    for got, want in zip(cuda_step(*inputs), expected, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.gpu

@@ -17,6 +17,8 @@ from .ops import (
     lsh_hash,
     merge_attention,
     sample_rotations,
+    set_workspace_limit,
+    workspace_limit,
 )
 from .packed import chunked_attention_packed, lsh_attention_packed
 
@@ -36,4 +38,6 @@ __all__ = [
     "lsh_hash",
     "merge_attention",
     "sample_rotations",
+    "set_workspace_limit",
+    "workspace_limit",
 ]

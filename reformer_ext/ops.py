@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _extension as _extension  # registers torch.ops.reformer
+from ._extension import _C  # registers torch.ops.reformer
 
 __all__ = [
     "bucket_sort",
@@ -29,6 +29,8 @@ __all__ = [
     "lsh_hash",
     "merge_attention",
     "sample_rotations",
+    "set_workspace_limit",
+    "workspace_limit",
 ]
 
 _MAX_FACTOR_BITS = 6
@@ -511,6 +513,27 @@ def lsh_cache_append(
         RuntimeError: naming the argument, what was expected and what came.
     """
     torch.ops.reformer.lsh_cache_append.default(keys, values, table, counts, k, v, buckets, lengths)
+
+
+def set_workspace_limit(limit: int) -> None:
+    """Caps the scratch memory of :func:`chunked_attention` on CUDA (default: 1.25 GiB).
+
+    One call works on as many heads at a time as fit, one at least, with the same results; its time
+    grows by a few per cent where heads must take turns. A head takes ``2 * R * L * D`` elements in
+    the backward pass and half of that in the forward pass. Of the whole process.
+
+    Args:
+        limit: bytes, 0 or more.
+
+    Raises:
+        RuntimeError: if it is negative.
+    """
+    _C.set_workspace_limit(limit)
+
+
+def workspace_limit() -> int:
+    """Bytes; see :func:`set_workspace_limit`."""
+    return _C.workspace_limit()
 
 
 def _factors(op: str, n_buckets: int | Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-#include "hash_primitives.cuh"
+#include "device_traits.cuh"
 
 namespace reformer::kernels::sort {
 

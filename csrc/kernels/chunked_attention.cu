@@ -17,8 +17,13 @@ namespace {
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int kThreads = 256, kLanes = 8;  // lanes per position
 
-// Heads are taken in groups whose workspace stays below this, one at least.
-constexpr int64_t kWorkspaceCap = int64_t{5} << 28;  // 1.25 GiB
+using Words = uint4;  // 16 bytes of a row, as loaded
+
+// Loads what is read once.
+template <typename T>
+__device__ __forceinline__ Words load_streamed(const T* row) {
+  return __ldcs(reinterpret_cast<const Words*>(row));
+}
 
 // 16 bytes of a row, as floats.
 template <typename T>
@@ -27,12 +32,14 @@ struct Piece {
   float x[kSize];
 
   __device__ __forceinline__ Piece() : x{} {}
-  __device__ __forceinline__ explicit Piece(const T* row) {
+  __device__ __forceinline__ explicit Piece(const Words& words) {
     alignas(16) T values[kSize];
-    *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(row);
+    *reinterpret_cast<Words*>(values) = words;
 #pragma unroll
     for (int i = 0; i < kSize; ++i) x[i] = to_float(values[i]);
   }
+  __device__ __forceinline__ explicit Piece(const T* row)
+      : Piece(*reinterpret_cast<const Words*>(row)) {}
   __device__ __forceinline__ void store(T* row) const {
     alignas(16) T values[kSize];
 #pragma unroll
@@ -42,6 +49,10 @@ struct Piece {
   __device__ __forceinline__ void add(const Piece& other, float factor = 1) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) x[i] += factor * other.x[i];
+  }
+  __device__ __forceinline__ void scale(float factor) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] *= factor;
   }
   __device__ __forceinline__ float dot(const Piece& other) const {
     float sum = 0;
@@ -59,23 +70,22 @@ __device__ __forceinline__ float sum_lanes(float x) {
   return x;
 }
 
-// The position eight lanes work on. Lanes beyond the last position repeat it, so that shuffles stay
-// whole.
+// The position eight lanes work on: a block's are of one head, blockIdx.y of the group. Lanes
+// beyond the last position repeat it, so that shuffles stay whole.
 struct Position {
   int64_t index;  // within the group: head * L + l
   int64_t head, l, batch, head_in_batch;
   int lane;
   bool real;
 
-  __device__ Position(const ChunkedAttentionParams& params, int64_t head_begin,
-                      int64_t head_count) {
-    const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    const int64_t last = head_count * params.length - 1;
-    real = thread / kLanes <= last;
-    index = real ? thread / kLanes : last;
-    lane = static_cast<int>(thread % kLanes);
-    head = index / params.length;
-    l = index - head * params.length;
+  __device__ Position(const ChunkedAttentionParams& params, int64_t head_begin) {
+    const int64_t begin = int64_t{blockIdx.x} * (kThreads / kLanes);
+    l = begin + threadIdx.x / kLanes;
+    real = l < params.length;
+    if (!real) l = params.length - 1;
+    lane = static_cast<int>(threadIdx.x % kLanes);
+    head = blockIdx.y;
+    index = head * params.length + l;
     batch = (head_begin + head) / params.heads;
     head_in_batch = (head_begin + head) % params.heads;
   }
@@ -112,8 +122,8 @@ __device__ __forceinline__ float key_scale_of(const T* q, int head_dim, int lane
 
 template <typename T>
 __global__ void key_scale_kernel(const __grid_constant__ ChunkedAttentionParams params,
-                                 int64_t head_begin, int64_t head_count, float* key_scale) {
-  const Position position(params, head_begin, head_count);
+                                 int64_t head_begin, float* key_scale) {
+  const Position position(params, head_begin);
   const float scale =
       key_scale_of(position.row<T>(params.q), static_cast<int>(params.head_dim), position.lane);
   if (position.real && position.lane == 0) key_scale[position.index] = scale;
@@ -133,58 +143,71 @@ __global__ void chunk_numbers_kernel(const __grid_constant__ ChunkedAttentionPar
       static_cast<int32_t>(slot / params.chunk_size);
 }
 
-// out = sum of the rounds' outputs weighted by exp(their lse - the total lse).
+// out = sum of the rounds' outputs weighted by exp(their lse - the total lse). Rounds are taken in
+// batches, each loaded before any of it is used, with weights relative to the largest lse so far.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const __grid_constant__ ChunkedAttentionParams params,
                    const __grid_constant__ ForwardStage stage) {
-  const Position position(params, stage.head_begin, stage.head_count);
+  constexpr int kBatch = 8;
+  const Position position(params, stage.head_begin);
   if (!position.real) return;
   const int rounds = static_cast<int>(params.rounds), head_dim = static_cast<int>(params.head_dim);
   const float* partial_lse =
       stage.partial_lse + position.head * rounds * params.length + position.l;
-
-  float peak = -INFINITY, sum = 0;
-  for (int round = 0; round < rounds; ++round) {
-    const float lse = partial_lse[round * params.length];
-    if (lse == -INFINITY) continue;
-    const float new_peak = fmaxf(peak, lse);
-    sum = sum * exp2f(peak - new_peak) + exp2f(lse - new_peak);  // a NaN makes the sum NaN
-    peak = new_peak;
-  }
-  const bool has_key = sum != 0;
-  const bool self_only = !has_key && params.mask_self && !position.is_padding(params);
-  const float lse = peak + log2f(sum);
-
-  const T* v = position.row<T>(params.v);
-  T* out = position.row<T>(params.out);
   const T* partial_out = position.partial<T>(stage.partial_out, params);
   const int64_t stride = params.length * head_dim;
+
   for (int d = position.lane * Piece<T>::kSize; d < head_dim; d += kLanes * Piece<T>::kSize) {
     Piece<T> row;
-    if (has_key) {
-#pragma unroll 8
-      for (int round = 0; round < rounds; ++round) {
-        const Piece<T> partial(partial_out + round * stride + d);
-        const float round_lse = partial_lse[round * params.length];
-        if (round_lse != -INFINITY) row.add(partial, exp2f(round_lse - lse));
+    float peak = -INFINITY, sum = 0;
+    for (int begin = 0; begin < rounds; begin += kBatch) {
+      float lse[kBatch];
+      Words words[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int64_t round = begin + i;
+        lse[i] = round < rounds ? __ldcs(partial_lse + round * params.length) : -INFINITY;
+        words[i] = round < rounds ? load_streamed(partial_out + round * stride + d) : Words{};
       }
-    } else if (self_only) {
-      row = Piece<T>(v + d);
+      float new_peak = peak;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) new_peak = fmaxf(new_peak, lse[i]);
+      if (new_peak != -INFINITY) {
+        const float rescale = exp2f(peak - new_peak);
+        sum *= rescale;
+        row.scale(rescale);
+      }
+      peak = new_peak;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (lse[i] == -INFINITY) continue;  // a NaN goes on, into the sum
+        const float weight = exp2f(lse[i] - peak);
+        sum += weight;
+        row.add(Piece<T>(words[i]), weight);
+      }
     }
-    row.store(out + d);
-  }
-  if (position.lane == 0) {
-    params.lse[stage.head_begin * params.length + position.index] = self_only ? kSelfOnlyLse
-                                                                    : has_key ? lse * kLn2
-                                                                              : -INFINITY;
+    const bool has_key = sum != 0;
+    const bool self_only = !has_key && params.mask_self && !position.is_padding(params);
+    if (has_key) {
+      row.scale(1 / sum);
+    } else if (self_only) {
+      row = Piece<T>(position.row<T>(params.v) + d);
+    }
+    row.store(position.row<T>(params.out) + d);
+    if (d == 0) {
+      params.lse[stage.head_begin * params.length + position.index] =
+          self_only ? kSelfOnlyLse
+          : has_key ? (peak + log2f(sum)) * kLn2
+                    : -INFINITY;
+    }
   }
 }
 
 template <typename T>
 __global__ void row_stats_kernel(const __grid_constant__ ChunkedAttentionBackwardParams params,
-                                 int64_t head_begin, int64_t head_count, RowStats* row_stats) {
-  const Position position(params, head_begin, head_count);
+                                 int64_t head_begin, RowStats* row_stats) {
+  const Position position(params, head_begin);
   const int head_dim = static_cast<int>(params.head_dim);
   const T* grad_out = position.row<T>(params.grad_out);
   const T* out = position.row<T>(params.out);
@@ -213,7 +236,9 @@ template <typename T>
 __device__ __forceinline__ Piece<T> sum_rounds(const T* partial, int64_t stride, int rounds) {
   Piece<T> sum;
 #pragma unroll 8
-  for (int round = 0; round < rounds; ++round) sum.add(Piece<T>(partial + round * stride));
+  for (int round = 0; round < rounds; ++round) {
+    sum.add(Piece<T>(load_streamed(partial + round * stride)));
+  }
   return sum;
 }
 
@@ -225,7 +250,7 @@ __global__ void __launch_bounds__(kThreads)
     reduce_kernel(const __grid_constant__ ChunkedAttentionBackwardParams params,
                   const __grid_constant__ BackwardStage stage) {
   constexpr int kStep = kLanes * Piece<T>::kSize, kPieces = 256 / kStep;
-  const Position position(params, stage.head_begin, stage.head_count);
+  const Position position(params, stage.head_begin);
   const int rounds = static_cast<int>(params.rounds), head_dim = static_cast<int>(params.head_dim);
   const int64_t stride = params.length * head_dim;
   const int first = position.lane * Piece<T>::kSize;
@@ -280,6 +305,11 @@ __global__ void __launch_bounds__(kThreads)
 
 unsigned blocks_for(int64_t threads) {
   return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
+}
+
+// Of kernels that work on Positions.
+dim3 position_blocks(const ChunkedAttentionParams& params, int64_t head_count) {
+  return dim3(blocks_for(params.length * kLanes), static_cast<unsigned>(head_count));
 }
 
 // Runs f(T{}) for the element type.
@@ -341,12 +371,12 @@ struct ForwardWorkspace {
   int32_t* chunk_numbers = nullptr;
   int64_t bytes;
 
-  ForwardWorkspace(const ChunkedAttentionParams& params, int64_t heads, void* base) {
+  ForwardWorkspace(const ChunkedAttentionParams& params, int64_t heads, bool sm90, void* base) {
     Arena arena(base);
     const int64_t positions = heads * params.length, rows = positions * params.rounds;
     stage.partial_out = arena.take<void>(rows * params.head_dim, element_size(params.dtype));
     stage.partial_lse = arena.take<float>(rows);
-    if (is_shared_qk(params)) stage.key_scale = key_scale = arena.take<float>(positions);
+    if (is_shared_qk(params) && !sm90) stage.key_scale = key_scale = arena.take<float>(positions);
     if (corrects_duplicates(params))
       stage.chunk_numbers = chunk_numbers = arena.take<int32_t>(rows);
     bytes = arena.bytes();
@@ -377,12 +407,13 @@ struct BackwardWorkspace {
 };
 
 int64_t heads_per_group(const ChunkedAttentionParams& params, int64_t bytes_per_head) {
-  return std::min(std::max<int64_t>(kWorkspaceCap / bytes_per_head, 1),
-                  params.batch * params.heads);
+  constexpr int64_t kLargestGrid = 65535;  // heads are blockIdx.y
+  return std::min({std::max<int64_t>(params.workspace_cap / bytes_per_head, 1),
+                   params.batch * params.heads, kLargestGrid});
 }
 
-int64_t forward_group(const ChunkedAttentionParams& params) {
-  return heads_per_group(params, ForwardWorkspace(params, 1, nullptr).bytes);
+int64_t forward_group(const ChunkedAttentionParams& params, bool sm90) {
+  return heads_per_group(params, ForwardWorkspace(params, 1, sm90, nullptr).bytes);
 }
 
 int64_t backward_group(const ChunkedAttentionBackwardParams& params, bool sm90) {
@@ -397,13 +428,13 @@ cudaError_t number_chunks(const ChunkedAttentionParams& params, int64_t head_beg
   return cudaGetLastError();
 }
 
-cudaError_t forward_heads(const ChunkedAttentionParams& params, int64_t head_begin,
+cudaError_t forward_heads(const ChunkedAttentionParams& params, bool sm90, int64_t head_begin,
                           int64_t head_count, cudaStream_t stream) {
-  ForwardWorkspace workspace(params, head_count, params.workspace);
+  ForwardWorkspace workspace(params, head_count, sm90, params.workspace);
   ForwardStage& stage = workspace.stage;
   stage.head_begin = head_begin;
   stage.head_count = head_count;
-  const unsigned blocks = blocks_for(head_count * params.length * kLanes);
+  const dim3 blocks = position_blocks(params, head_count);
 
   cudaError_t error = cudaSuccess;
   if (workspace.chunk_numbers != nullptr) {
@@ -413,12 +444,11 @@ cudaError_t forward_heads(const ChunkedAttentionParams& params, int64_t head_beg
   if (workspace.key_scale != nullptr) {
     error = dispatch(params.dtype, [&](auto element) {
       key_scale_kernel<decltype(element)>
-          <<<blocks, kThreads, 0, stream>>>(params, head_begin, head_count, workspace.key_scale);
+          <<<blocks, kThreads, 0, stream>>>(params, head_begin, workspace.key_scale);
     });
     if (error != cudaSuccess) return error;
   }
-  error = sm90_supports(params) ? sm90_forward(params, stage, stream)
-                                : generic_forward(params, stage, stream);
+  error = sm90 ? sm90_forward(params, stage, stream) : generic_forward(params, stage, stream);
   if (error != cudaSuccess) return error;
   return dispatch(params.dtype, [&](auto element) {
     combine_kernel<decltype(element)><<<blocks, kThreads, 0, stream>>>(params, stage);
@@ -431,7 +461,7 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm
   BackwardStage& stage = workspace.stage;
   stage.head_begin = head_begin;
   stage.head_count = head_count;
-  const unsigned blocks = blocks_for(head_count * params.length * kLanes);
+  const dim3 blocks = position_blocks(params, head_count);
 
   cudaError_t error = cudaSuccess;
   if (workspace.chunk_numbers != nullptr) {
@@ -440,7 +470,7 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm
   }
   error = dispatch(params.dtype, [&](auto element) {
     row_stats_kernel<decltype(element)>
-        <<<blocks, kThreads, 0, stream>>>(params, head_begin, head_count, workspace.row_stats);
+        <<<blocks, kThreads, 0, stream>>>(params, head_begin, workspace.row_stats);
   });
   if (error != cudaSuccess) return error;
   error = sm90 ? sm90_backward(params, stage, stream) : generic_backward(params, stage, stream);
@@ -454,7 +484,8 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm
 
 int64_t chunked_attention_forward_workspace(const ChunkedAttentionParams& params) {
   if (!is_valid(params)) return 0;
-  return ForwardWorkspace(params, forward_group(params), nullptr).bytes;
+  const bool sm90 = sm90_supports(params);
+  return ForwardWorkspace(params, forward_group(params, sm90), sm90, nullptr).bytes;
 }
 
 int64_t chunked_attention_backward_workspace(const ChunkedAttentionBackwardParams& params) {
@@ -465,9 +496,11 @@ int64_t chunked_attention_backward_workspace(const ChunkedAttentionBackwardParam
 
 cudaError_t chunked_attention_forward(const ChunkedAttentionParams& params, cudaStream_t stream) {
   if (!is_valid(params)) return cudaErrorInvalidValue;
-  const int64_t heads = params.batch * params.heads, group = forward_group(params);
+  const bool sm90 = sm90_supports(params);
+  const int64_t heads = params.batch * params.heads, group = forward_group(params, sm90);
   for (int64_t head = 0; head < heads; head += group) {
-    const cudaError_t error = forward_heads(params, head, std::min(group, heads - head), stream);
+    const cudaError_t error =
+        forward_heads(params, sm90, head, std::min(group, heads - head), stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -34,6 +34,7 @@ struct ChunkedAttentionParams {
   HeadsView out;  // forward: written; backward: read
   float* lse;     // [B, H, L] contiguous; forward: written; backward: read
   void* workspace;
+  int64_t workspace_cap;  // bytes: heads are taken in groups that need no more, one head at least
 };
 
 struct ChunkedAttentionBackwardParams : ChunkedAttentionParams {

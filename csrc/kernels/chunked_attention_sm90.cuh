@@ -7,6 +7,7 @@
 #pragma once
 
 #include "chunked_attention_stages.h"
+#include "device_traits.cuh"
 #include "wgmma.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -64,36 +65,40 @@ __device__ __forceinline__ int position_at(const Line& line, const int32_t* orde
   return static_cast<int>(min(position, static_cast<uint32_t>(line.length - 1)));
 }
 
-inline constexpr int kThreadsPerRow = 8;  // each copies 16 bytes
-inline constexpr int kRowsPerPass = kThreads / kThreadsPerRow;
-inline constexpr int kCopiedRows = kTileRows / kRowsPerPass;  // per thread and tile
+// How a block copies rows: each thread 16 bytes of every kRowsPerPass-th row.
+template <int kHeadDim>
+struct Copy {
+  static constexpr int kThreadsPerRow = kHeadDim / 8;
+  static constexpr int kRowsPerPass = kThreads / kThreadsPerRow;
+  static constexpr int kRows = kTileRows / kRowsPerPass;  // per thread and tile
+  using Positions = int[kRows];
+};
 
 // The positions of the rows that a thread copies.
-__device__ __forceinline__ void read_copied_positions(int (&copied)[kCopiedRows],
+template <int kHeadDim>
+__device__ __forceinline__ void read_copied_positions(typename Copy<kHeadDim>::Positions& copied,
                                                       const int (&positions)[kTileRows],
                                                       uint32_t thread) {
 #pragma unroll
-  for (int i = 0; i < kCopiedRows; ++i) {
-    copied[i] = positions[thread / kThreadsPerRow + i * kRowsPerPass];
+  for (int i = 0; i < Copy<kHeadDim>::kRows; ++i) {
+    copied[i] =
+        positions[thread / Copy<kHeadDim>::kThreadsPerRow + i * Copy<kHeadDim>::kRowsPerPass];
   }
 }
 
-// Copies a chunk's rows into a tile; columns beyond the head dim become zeros.
+// Copies a chunk's rows into a tile. Columns beyond the head dim keep what they held: products that
+// sum over columns leave them out, and what others make of them is not stored.
 template <int kHeadDim>
 __device__ __forceinline__ void gather_tile(uint32_t tile, const uint8_t* rows, int row_bytes,
-                                            const int (&copied)[kCopiedRows], uint32_t thread) {
-  const uint32_t piece = thread % kThreadsPerRow;
-  const uint32_t destination = tile + swizzled(thread / kThreadsPerRow, piece);
-  const bool inside = piece * 8 < kHeadDim;
-  if (inside) rows += piece * 16;
+                                            const typename Copy<kHeadDim>::Positions& copied,
+                                            uint32_t thread) {
+  const uint32_t piece = thread % Copy<kHeadDim>::kThreadsPerRow;
+  const uint32_t destination = tile + swizzled(thread / Copy<kHeadDim>::kThreadsPerRow, piece);
+  rows += piece * 16;
 #pragma unroll
-  for (int i = 0; i < kCopiedRows; ++i) {
-    const auto* source = indexed_address<const uint8_t>(rows, copied[i], row_bytes);
-    if constexpr (kHeadDim == 64) {
-      copy_async<16>(destination + i * kRowsPerPass * 128, source);
-    } else {
-      copy_async_or_zero(destination + i * kRowsPerPass * 128, source, inside);
-    }
+  for (int i = 0; i < Copy<kHeadDim>::kRows; ++i) {
+    copy_async<16>(destination + i * Copy<kHeadDim>::kRowsPerPass * 128,
+                   indexed_address<const uint8_t>(rows, copied[i], row_bytes));
   }
 }
 
@@ -128,9 +133,6 @@ inline int run_length(int64_t heads, int line_chunks, int resident_blocks, int l
   }
   return best;
 }
-
-// Multiprocessors of the current device.
-cudaError_t multiprocessor_count(int* count);
 
 inline constexpr int64_t kLargestRowStride = int64_t{1} << 28;  // row_bytes is an int
 

@@ -25,11 +25,12 @@ struct BackwardShared {
 };
 
 // grad_k, projected, plus grad_q. Result in grad_k.
-template <typename Element>
-__device__ __forceinline__ void add_projected(Accumulator& grad_k, const PackedTile& grad_q,
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ void add_projected(AccumulatorOf<kHeadDim>& grad_k,
+                                              const PackedTile<kHeadDim>& grad_q,
                                               const uint8_t* q_tile, uint32_t upper_row,
                                               const float (&key_scales)[2], uint32_t thread) {
-  PackedTile q;
+  PackedTile<kHeadDim> q;
   load_packed(q, q_tile, upper_row, thread);
   float factors[2] = {0.0F, 0.0F};
   add_dots<Element>(factors, grad_k, q);
@@ -38,7 +39,7 @@ __device__ __forceinline__ void add_projected(Accumulator& grad_k, const PackedT
     factors[half] = projection(quad_sum(factors[half]), key_scales[half]);
   }
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < kHeadDim / 4; ++i) {
     const int j = i / 2, half = i % 2;
     const float2 pair = unpack<Element>(q[j][half]), sum = unpack<Element>(grad_q[j][half]);
     grad_k[j][2 * half] += sum.x - factors[half] * pair.x;
@@ -82,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     const uint32_t slot = n % kSlots;
     const auto& positions = shared.position[n % kPositionSlots];
     auto& tiles = shared.tiles[slot];
-    int copied[kCopiedRows];
-    read_copied_positions(copied, positions, thread);
+    typename Copy<kHeadDim>::Positions copied;
+    read_copied_positions<kHeadDim>(copied, positions, thread);
     gather_tile<kHeadDim>(shared_address(tiles[kQ]), q, args.q.row_bytes, copied, thread);
     gather_tile<kHeadDim>(shared_address(tiles[kV]), v, args.v.row_bytes, copied, thread);
     gather_tile<kHeadDim>(shared_address(tiles[kGradOut]), grad_out, args.grad_out.row_bytes,
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   gather(1, line.rows(chunk), threadIdx.x);
   int pending_position = load_position();
 
-  Accumulator grad_q, grad_k, grad_v;
+  AccumulatorOf<kHeadDim> grad_q, grad_k, grad_v;
   uint32_t buffer = 0;  // of score_gradients
 
   // The keys of chunk `keys` meet the queries of chunk `queries`. First products start a sum, later
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   attend(0, 1, line.has_previous(chunk), std::false_type{}, false, false);
   for (uint32_t n = 1; n <= steps; ++n) {
     attend(n, n, true, std::true_type{}, false, true);
-    PackedTile grad_q_rows;
+    PackedTile<kHeadDim> grad_q_rows;
     wgmma_wait<0>();
     pin(grad_q);
     pack_tile<Element>(grad_q_rows, grad_q);
@@ -195,8 +196,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     const uint32_t upper_row = thread / 32 * 16 + thread % 32 / 4, slot = n % kSlots;
     const float key_scales[2] = {shared.stats[slot][upper_row].key_scale,
                                  shared.stats[slot][upper_row + 8].key_scale};
-    add_projected<Element>(grad_k, grad_q_rows, shared.tiles[slot][kQ], upper_row, key_scales,
-                           thread);
+    add_projected<Element, kHeadDim>(grad_k, grad_q_rows, shared.tiles[slot][kQ], upper_row,
+                                     key_scales, thread);
     const uint32_t warp = thread / 32, first_row = 16 * warp;
     const int* positions = &shared.position[n % kPositionSlots][first_row];
     const int64_t round_begin = int64_t{chunk.round} * line.length * kHeadDim;
@@ -214,13 +215,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 template <typename Element, int kHeadDim, bool kCausal>
 cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
                             const BackwardStage& stage, cudaStream_t stream) {
-  int multiprocessors = 0;
-  cudaError_t error = multiprocessor_count(&multiprocessors);
+  DeviceTraits traits{};
+  cudaError_t error = current_device_traits(&traits);
   if (error != cudaSuccess) return error;
 
   const int line_chunks = make_line(params).chunks();
-  const int run =
-      run_length(stage.head_count, line_chunks, multiprocessors * kResidentBlocks, kLongestRun);
+  const int run = run_length(stage.head_count, line_chunks,
+                             traits.multiprocessors * kResidentBlocks, kLongestRun);
   const BackwardArgs<Element> args(params, stage, run);
   const auto kernel = backward_kernel<Element, kHeadDim, kCausal>;
   constexpr int kSharedBytes = sizeof(BackwardShared);

@@ -99,33 +99,36 @@ __device__ __forceinline__ void score_gradients(Fragments& gradients,
   }
 }
 
-// A 64 x 64 tile in half the registers.
-using PackedTile = uint32_t[8][2];
+// An accumulator in half the registers.
+template <int kColumns>
+using PackedTile = uint32_t[kColumns / 8][2];
 
-template <typename Element>
-__device__ __forceinline__ void pack_tile(PackedTile& packed, const Accumulator& tile) {
+template <typename Element, int kGroups>
+__device__ __forceinline__ void pack_tile(uint32_t (&packed)[kGroups][2],
+                                          const float (&tile)[kGroups][4]) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < 2 * kGroups; ++i) {
     packed[i / 2][i % 2] = pack<Element>(tile[i / 2][i % 2 * 2], tile[i / 2][i % 2 * 2 + 1]);
   }
 }
 
 // The thread's elements of a tile in shared memory, placed as an accumulator's.
-__device__ __forceinline__ void load_packed(PackedTile& packed, const uint8_t* tile,
+template <int kGroups>
+__device__ __forceinline__ void load_packed(uint32_t (&packed)[kGroups][2], const uint8_t* tile,
                                             uint32_t upper_row, uint32_t thread) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < 2 * kGroups; ++i) {
     packed[i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(
         tile + swizzled(upper_row + 8 * (i % 2), i / 2) + thread % 4 * 4);
   }
 }
 
 // Adds to each of the thread's two rows its part of the dot product of a and b.
-template <typename Element>
-__device__ __forceinline__ void add_dots(float (&dots)[2], const Accumulator& a,
-                                         const PackedTile& b) {
+template <typename Element, int kGroups>
+__device__ __forceinline__ void add_dots(float (&dots)[2], const float (&a)[kGroups][4],
+                                         const uint32_t (&b)[kGroups][2]) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < 2 * kGroups; ++i) {
     const int j = i / 2, half = i % 2;
     const float2 pair = unpack<Element>(b[j][half]);
     dots[half] += pair.x * a[j][2 * half] + pair.y * a[j][2 * half + 1];

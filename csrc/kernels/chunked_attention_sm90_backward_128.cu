@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   // Each warpgroup copies its columns.
   const auto gather_queries = [&](uint32_t n, Chunk chunk) {
     const uint32_t thread = thread_in_warpgroup();
-    int copied[kCopiedRows];
-    read_copied_positions(copied, positions(n), thread);
+    Copy<kHalf>::Positions copied;
+    read_copied_positions<kHalf>(copied, positions(n), thread);
     gather_tile<kHalf>(shared_address(shared.q[n % kQSlots][warpgroup]), q, args.q.row_bytes,
                        copied, thread);
     gather_tile<kHalf>(shared_address(shared.grad_out[n % kGradOutSlots][warpgroup]), grad_out,
@@ -106,17 +106,17 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   };
   const auto gather_values = [&](uint32_t n) {
     const uint32_t thread = thread_in_warpgroup();
-    int copied[kCopiedRows];
-    read_copied_positions(copied, positions(n), thread);
+    Copy<kHalf>::Positions copied;
+    read_copied_positions<kHalf>(copied, positions(n), thread);
     gather_tile<kHalf>(shared_address(shared.v[n % kVSlots][warpgroup]), v, args.v.row_bytes,
                        copied, thread);
     copy_async_commit();
   };
 
   Accumulator scores, weight_gradients, grad_q, grad_k, grad_v;
-  Fragments weights, gradients;  // P^T and dS^T of the warpgroup's pair
-  PackedTile projected_q;        // rows of q whose gradients are complete
-  float dots[2], key_scales[2];  // of those rows
+  Fragments weights, gradients;   // P^T and dS^T of the warpgroup's pair
+  PackedTile<kHalf> projected_q;  // rows of q whose gradients are complete
+  float dots[2], key_scales[2];   // of those rows
 
   const auto descriptor = [](const auto& tile) { return tile_descriptor(shared_address(tile)); };
   const auto begin_scores = [&](uint32_t n) {
@@ -277,12 +277,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 template <typename Element, bool kCausal>
 cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
                             const BackwardStage& stage, cudaStream_t stream) {
-  int multiprocessors = 0;
-  cudaError_t error = multiprocessor_count(&multiprocessors);
+  DeviceTraits traits{};
+  cudaError_t error = current_device_traits(&traits);
   if (error != cudaSuccess) return error;
 
   const int line_chunks = make_line(params).chunks();
-  const int run = run_length(stage.head_count, line_chunks, multiprocessors, kLongestRun);
+  const int run = run_length(stage.head_count, line_chunks, traits.multiprocessors, kLongestRun);
   const BackwardArgs<Element> args(params, stage, run);
   const auto kernel = backward_kernel<Element, kCausal>;
   constexpr int kSharedBytes = sizeof(BackwardShared);

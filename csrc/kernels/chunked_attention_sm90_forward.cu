@@ -1,8 +1,8 @@
 // Forward main kernel of chunked attention by wgmma: shared QK, chunks of 64, one chunk back.
 //
-// Per chunk: S = Q K^T for the previous chunk's and the chunk's own keys, both in registers;
+// Per chunk: S = Q K^T for the chunk's own and the previous chunk's keys, both in registers;
 // O = P V with P kept in registers, normalised within the window; rows scattered to the round's
-// partial.
+// partial. The diagonal of a chunk's own scores is |q|^2, which makes its keys q / |q|.
 #include "chunked_attention_sm90.cuh"
 
 namespace reformer::kernels {
@@ -17,7 +17,6 @@ struct ForwardArgs {
   Rows q, v;
   const int32_t* order;
   const bool* key_padding_mask;
-  const float* key_scale;
   Element* partial_out;
   float* partial_lse;
   Line line;
@@ -29,7 +28,7 @@ struct ForwardArgs {
 // constants.
 struct ForwardShared {
   uint8_t tiles[kSlots][2][kTileBytes];
-  float key_scale[kSlots][kTileRows];
+  float key_scale[kSlots][kTileRows];   // scale * log2(e) / |q|
   int key_position[kSlots][kTileRows];  // kInvalidKey: nobody may attend to it
   int no_positions[kTileRows];          // key positions of a chunk that has no predecessor
   int position[kPositionSlots][kTileRows];
@@ -48,14 +47,13 @@ __device__ constexpr float largest_bound() {
 // of those rows, for may_attend.
 template <bool kCausal>
 __device__ __forceinline__ void fold_maxima(float (&maxima)[2], const Accumulator& scores,
-                                            float scale_log2, const float* key_scale,
-                                            const int* key_position, const int (&query_bounds)[2],
-                                            uint32_t thread) {
+                                            const float* key_scale, const int* key_position,
+                                            const int (&query_bounds)[2], uint32_t thread) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const uint32_t column = 8 * j + thread % 4 * 2;
     const float2 pair = *reinterpret_cast<const float2*>(&key_scale[column]);
-    const float scales[2] = {pair.x * scale_log2, pair.y * scale_log2};
+    const float scales[2] = {pair.x, pair.y};
     const int2 keys = *reinterpret_cast<const int2*>(&key_position[column]);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -69,15 +67,14 @@ __device__ __forceinline__ void fold_maxima(float (&maxima)[2], const Accumulato
 // to its rows' sums.
 template <typename Element, bool kCausal>
 __device__ __forceinline__ void exponentiate(Fragments& weights, float (&sums)[2],
-                                             const Accumulator& scores, float scale_log2,
-                                             const float (&shifts)[2], const float* key_scale,
-                                             const int* key_position, const int (&query_bounds)[2],
-                                             uint32_t thread) {
+                                             const Accumulator& scores, const float (&shifts)[2],
+                                             const float* key_scale, const int* key_position,
+                                             const int (&query_bounds)[2], uint32_t thread) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const uint32_t column = 8 * j + thread % 4 * 2;
     const float2 pair = *reinterpret_cast<const float2*>(&key_scale[column]);
-    const float scales[2] = {pair.x * scale_log2, pair.y * scale_log2};
+    const float scales[2] = {pair.x, pair.y};
     const int2 keys = *reinterpret_cast<const int2*>(&key_position[column]);
     float p[4];
 #pragma unroll
@@ -89,6 +86,46 @@ __device__ __forceinline__ void exponentiate(Fragments& weights, float (&sums)[2
     }
     pack_columns<Element>(weights, j, p[0], p[1], p[2], p[3]);
   }
+}
+
+// |q|^2 of the thread's two rows, from the scores of a chunk with itself; every lane of a quad gets
+// both.
+__device__ __forceinline__ void read_diagonal(float (&squares)[2], const Accumulator& scores,
+                                              uint32_t thread) {
+  const uint32_t warp = thread / 32, row = thread % 32 / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float square = 0.0F;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float* pair = &scores[2 * w + half][2 * half];
+      if (warp == w) square = row % 2 == 0 ? pair[0] : pair[1];
+    }
+    squares[half] = __shfl_sync(0xffffffff, square, thread % 32 / 4 * 4 + row / 2);
+  }
+}
+
+// |q| of a row of a tile, by two neighbouring threads: what read_diagonal cannot give of the chunk
+// before a run.
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ float row_norm(const uint8_t* tile, uint32_t thread) {
+  constexpr uint32_t kPieces = kHeadDim / 16;  // of 16 bytes, of a thread
+  float square = 0.0F;
+#pragma unroll
+  for (uint32_t i = 0; i < kPieces; ++i) {
+    const uint4 words =
+        *reinterpret_cast<const uint4*>(tile + swizzled(thread / 2, thread % 2 * kPieces + i));
+    for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
+      const float2 pair = unpack<Element>(word);
+      square = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, square));
+    }
+  }
+  return sqrtf(square + __shfl_xor_sync(0xffffffff, square, 1));
+}
+
+// NaN stays NaN.
+__device__ __forceinline__ float key_scale_of(float norm, float scale_log2) {
+  return __fdividef(scale_log2, norm < kMinKeyNorm ? kMinKeyNorm : norm);
 }
 
 template <typename Element, int kHeadDim, bool kCausal>
@@ -111,7 +148,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
                             : args.key_padding_mask + int64_t{batch} * line.length;
   const uint8_t* q = args.q.head(batch, head % args.heads);
   const uint8_t* v = args.v.head(batch, head % args.heads);
-  const float* key_scale = args.key_scale + int64_t{local_head} * line.length;
   Element* partial_out = args.partial_out + local_head * rows_per_head * kHeadDim;
   float* partial_lse = args.partial_lse + local_head * rows_per_head;
 
@@ -126,19 +162,16 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const auto gather = [&](uint32_t n, uint32_t rows, uint32_t thread) {
     const uint32_t slot = n % kSlots;
     const auto& positions = shared.position[n % kPositionSlots];
-    int copied[kCopiedRows];
-    read_copied_positions(copied, positions, thread);
+    typename Copy<kHeadDim>::Positions copied;
+    read_copied_positions<kHeadDim>(copied, positions, thread);
     gather_tile<kHeadDim>(shared_address(shared.tiles[slot][0]), q, args.q.row_bytes, copied,
                           thread);
     gather_tile<kHeadDim>(shared_address(shared.tiles[slot][1]), v, args.v.row_bytes, copied,
                           thread);
-    const uint32_t row = thread % kTileRows;
-    const int position = positions[row];
     if (thread < kTileRows) {
-      copy_async<4>(shared_address(&shared.key_scale[slot][row]), key_scale + position);
-    } else {
-      const bool valid = row < rows && !(padding != nullptr && padding[position]);
-      shared.key_position[slot][row] = valid ? position : kInvalidKey;
+      const int position = positions[thread];
+      const bool valid = thread < rows && !(padding != nullptr && padding[position]);
+      shared.key_position[slot][thread] = valid ? position : kInvalidKey;
     }
     copy_async_commit();
   };
@@ -156,6 +189,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   gather(0, line.rows(line.at(first_chunk - 1)), threadIdx.x);
   gather(1, line.rows(chunk), threadIdx.x);
   int pending_position = load_position();
+  copy_async_wait_and_sync();
+  const float first_norm = row_norm<Element, kHeadDim>(shared.tiles[0][0], threadIdx.x);
+  shared.key_scale[0][threadIdx.x / 2] = key_scale_of(first_norm, args.scale_log2);
 
   for (uint32_t n = 1; n <= steps; ++n) {
     const uint32_t thread = renewed(threadIdx.x);
@@ -169,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     ahead = line.next(ahead);
     pending_position = load_position();
 
-    // Scores of both key tiles.
+    // Scores of both key tiles, the chunk's own first.
     const uint32_t previous_tiles = tile_descriptor(shared_address(shared.tiles[previous]));
     const uint32_t current_tiles = tile_descriptor(shared_address(shared.tiles[current]));
     constexpr uint32_t kValues = kTileBytes >> 4;  // from a slot's q tile to its v tile
@@ -177,17 +213,25 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     load_fragments(query, shared_address(shared.tiles[current][0]), thread);
     Accumulator previous_scores, current_scores;
     wgmma_fence();
-    multiply_abt<Element, kHeadDim / 16>(previous_scores, query, previous_tiles);
     multiply_abt<Element, kHeadDim / 16>(current_scores, query, current_tiles);
+    multiply_abt<Element, kHeadDim / 16>(previous_scores, query, previous_tiles);
 
-    int query_bounds[2];
     float shifts[2], sums[2] = {0.0F, 0.0F};
+    wgmma_wait<1>();
+    pin(current_scores);
+    read_diagonal(shifts, current_scores, thread);
+    int query_bounds[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t row = upper_row + 8 * half;
+      const float norm = sqrtf(shifts[half]);
+      shifts[half] = args.scale_log2 * norm;
+      if (thread % 4 == 0) {
+        shared.key_scale[current][row] = key_scale_of(norm, args.scale_log2);
+      }
       query_bounds[half] = query_bound<kCausal>(line, shared.position[n % kPositionSlots][row]);
-      shifts[half] = __fdividef(args.scale_log2, shared.key_scale[current][row]);  // scale_log2 |q|
     }
+    __syncthreads();
     const float* key_scales[2] = {shared.key_scale[previous], shared.key_scale[current]};
     const int* key_positions[2] = {
         line.has_previous(chunk) ? shared.key_position[previous] : shared.no_positions,
@@ -198,11 +242,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       float maxima[2] = {-INFINITY, -INFINITY};
       wgmma_wait<0>();
       pin(previous_scores);
-      pin(current_scores);
-      fold_maxima<kCausal>(maxima, previous_scores, args.scale_log2, key_scales[0],
-                           key_positions[0], query_bounds, thread);
-      fold_maxima<kCausal>(maxima, current_scores, args.scale_log2, key_scales[1], key_positions[1],
-                           query_bounds, thread);
+      fold_maxima<kCausal>(maxima, previous_scores, key_scales[0], key_positions[0], query_bounds,
+                           thread);
+      fold_maxima<kCausal>(maxima, current_scores, key_scales[1], key_positions[1], query_bounds,
+                           thread);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float maximum = quad_max(maxima[half]);
@@ -210,19 +253,17 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       }
     }
     Fragments previous_weights, current_weights;
-    Accumulator output;
+    AccumulatorOf<kHeadDim> output;
+    exponentiate<Element, kCausal>(current_weights, sums, current_scores, shifts, key_scales[1],
+                                   key_positions[1], query_bounds, thread);
+    wgmma_fence();
+    multiply_ab<Element>(output, current_weights, current_tiles + kValues, false);
     wgmma_wait<1>();
     pin(previous_scores);
-    exponentiate<Element, kCausal>(previous_weights, sums, previous_scores, args.scale_log2, shifts,
-                                   key_scales[0], key_positions[0], query_bounds, thread);
+    exponentiate<Element, kCausal>(previous_weights, sums, previous_scores, shifts, key_scales[0],
+                                   key_positions[0], query_bounds, thread);
     wgmma_fence();
-    multiply_ab<Element>(output, previous_weights, previous_tiles + kValues, false);
-    wgmma_wait<1>();
-    pin(current_scores);
-    exponentiate<Element, kCausal>(current_weights, sums, current_scores, args.scale_log2, shifts,
-                                   key_scales[1], key_positions[1], query_bounds, thread);
-    wgmma_fence();
-    multiply_ab<Element>(output, current_weights, current_tiles + kValues, true);
+    multiply_ab<Element>(output, previous_weights, previous_tiles + kValues, true);
 
     const int64_t round_begin = int64_t{chunk.round} * line.length;
     const int rows = line.rows(chunk);
@@ -240,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     wgmma_wait<0>();
     pin(output);
 #pragma unroll
-    for (int i = 0; i < 32; ++i) output[i / 4][i % 4] *= inverse_sums[i % 4 / 2];
+    for (int i = 0; i < kHeadDim / 2; ++i) output[i / 4][i % 4] *= inverse_sums[i % 4 / 2];
     const uint32_t warp = thread / 32, first_row = 16 * warp;
     store_rows<Element, kHeadDim>(output, partial_out + round_begin * kHeadDim,
                                   &positions[first_row], rows - first_row, shared.staging[warp],
@@ -253,18 +294,17 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 template <typename Element, int kHeadDim, bool kCausal>
 cudaError_t launch_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
                            cudaStream_t stream) {
-  int multiprocessors = 0;
-  cudaError_t error = multiprocessor_count(&multiprocessors);
+  DeviceTraits traits{};
+  cudaError_t error = current_device_traits(&traits);
   if (error != cudaSuccess) return error;
 
   const Line line = make_line(params);
-  const int run =
-      run_length(stage.head_count, line.chunks(), multiprocessors * kResidentBlocks, kLongestRun);
+  const int run = run_length(stage.head_count, line.chunks(),
+                             traits.multiprocessors * kResidentBlocks, kLongestRun);
   const ForwardArgs<Element> args{Rows(params.q, sizeof(Element)),
                                   Rows(params.v, sizeof(Element)),
                                   params.order,
                                   params.key_padding_mask,
-                                  stage.key_scale,
                                   static_cast<Element*>(stage.partial_out),
                                   stage.partial_lse,
                                   line,

@@ -2,7 +2,7 @@
 // the instances of the main kernels: _generic (any shape and flag, sm_80 up) and _sm90 (wgmma fast
 // path).
 //
-//   forward:   key_scale -> main (one partial per round) -> combine
+//   forward:   key_scale (generic) -> main (one partial per round) -> combine
 //   backward:  row_stats -> main (one partial gradient per round) -> reduce
 //
 // A stage covers head_count of the batch * heads sequences, from head_begin on: the entry point
@@ -19,7 +19,8 @@ inline constexpr float kMaxKeyScale = 1 / kMinKeyNorm;
 
 struct ForwardStage {
   int64_t head_begin, head_count;
-  const float* key_scale;  // [head_count, L]: 1 / max(|q|, eps); null for separate keys
+  const float* key_scale;  // [head_count, L]: 1 / max(|q|, eps), for generic_forward; null for
+                           // separate keys
   void*
       partial_out;  // [head_count, R, L, D], params.dtype: softmax-weighted values within the round
   float* partial_lse;  // [head_count, R, L]: log2 of the round's sum of exp; -inf without valid key

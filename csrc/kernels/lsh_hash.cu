@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "hash_primitives.cuh"
+#include "device_traits.cuh"
 #include "lsh_hash.h"
 #include "lsh_hash_columns.h"
 

@@ -16,7 +16,7 @@
 #include <iterator>
 #include <type_traits>
 
-#include "hash_primitives.cuh"
+#include "device_traits.cuh"
 #include "lsh_hash_columns.h"
 #include "wgmma.cuh"
 

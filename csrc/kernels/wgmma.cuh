@@ -6,7 +6,7 @@
 // tile can be read K-major (rows are M or N, columns are K) or MN-major (rows are K, columns are M
 // or N).
 //
-// An accumulator is float[8][4] per thread: element [j][2 * half + e] is
+// An accumulator is float[columns / 8][4] per thread: element [j][2 * half + e] is
 // row 16 * warp + lane / 4 + 8 * half, column 8 * j + 2 * (lane % 4) + e.
 // Packed pairwise it is the A operand of a following multiply.
 #pragma once
@@ -29,7 +29,9 @@ __device__ __forceinline__ uint32_t renewed(uint32_t thread) {
   return thread;
 }
 
-using Accumulator = float[8][4];   // 64 x 64, fp32
+template <int kColumns>
+using AccumulatorOf = float[kColumns / 8][4];  // 64 rows, fp32
+using Accumulator = AccumulatorOf<64>;
 using Fragments = uint32_t[4][4];  // 64 x 64, 16-bit, A operand: one uint32_t[4] per K = 16
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -92,14 +94,6 @@ __device__ __forceinline__ void copy_async(uint32_t destination, const void* sou
   }
 }
 
-// Writes 16 zero bytes unless `copied`; the source must be a valid address anyway.
-__device__ __forceinline__ void copy_async_or_zero(uint32_t destination, const void* source,
-                                                   bool copied) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
-               "r"(copied ? 16 : 0)
-               : "memory");
-}
-
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -151,9 +145,10 @@ __device__ __forceinline__ void wgmma_commit() {
 }
 
 // Keeps the compiler from reading an accumulator before the wait that precedes this call.
-__device__ __forceinline__ void pin(Accumulator& tile) {
+template <int kGroups>
+__device__ __forceinline__ void pin(float (&tile)[kGroups][4]) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < kGroups; ++j) {
     asm volatile(""
                  : "+f"(tile[j][0]), "+f"(tile[j][1]), "+f"(tile[j][2]),
                    "+f"(tile[j][3])::"memory");
@@ -166,60 +161,87 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-#define REFORMER_ACCUMULATOR_OPERANDS(d)                                                        \
+#define REFORMER_OPERANDS_32(d)                                                                 \
   "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),     \
       "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), \
-      "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), \
-      "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), \
-      "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), \
-      "+f"(d[7][2]), "+f"(d[7][3])
-#define REFORMER_ACCUMULATOR_REGISTERS                                                           \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%" \
-  "25,"                                                                                          \
-  "%26,%27,%28,%29,%30,%31}"
-#define REFORMER_WGMMA_SHARED(type)                                                            \
-  asm volatile(                                                                                \
-      "{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type \
-      "." type " " REFORMER_ACCUMULATOR_REGISTERS ", %32, %33, p, 1, 1, %35, %36;}"            \
-      : REFORMER_ACCUMULATOR_OPERANDS(d)                                                       \
-      : "l"(full_descriptor(a)), "l"(full_descriptor(b)), "r"(static_cast<int>(accumulate)),   \
-        "n"(kATransposed), "n"(kBTransposed))
-#define REFORMER_WGMMA_REGISTER(type)                                                          \
-  asm volatile(                                                                                \
-      "{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type \
-      "." type " " REFORMER_ACCUMULATOR_REGISTERS ", {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"   \
-      : REFORMER_ACCUMULATOR_OPERANDS(d)                                                       \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(full_descriptor(b)),                   \
-        "r"(static_cast<int>(accumulate)), "n"(kBTransposed))
+      "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
+#define REFORMER_OPERANDS_64(d)                                                                 \
+  REFORMER_OPERANDS_32(d), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),          \
+      "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), \
+      "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+#define REFORMER_REGISTERS_32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
+#define REFORMER_REGISTERS_64                                                                  \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24" \
+  ",%25,%26,%27,%28,%29,%30,%31}"
+
+// The operands after the accumulator's registers have numbers: A (or A's four registers), B,
+// whether to accumulate, and what is transposed.
+#define REFORMER_WGMMA_SHARED(n, type, a_, b_, p_, transposed_)                                   \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " p_ ", 0; wgmma.mma_async.sync.aligned.m64n" #n    \
+               "k16.f32." type "." type " " REFORMER_REGISTERS_##n ", " a_ ", " b_                \
+                                                                   ", p, 1, 1, " transposed_ ";}" \
+               : REFORMER_OPERANDS_##n(d)                                                         \
+               : "l"(full_descriptor(a)), "l"(full_descriptor(b)),                                \
+                 "r"(static_cast<int>(accumulate)), "n"(kATransposed), "n"(kBTransposed))
+#define REFORMER_WGMMA_REGISTER(n, type, a_, b_, p_, transposed_)                                 \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " p_ ", 0; wgmma.mma_async.sync.aligned.m64n" #n    \
+               "k16.f32." type "." type " " REFORMER_REGISTERS_##n ", " a_ ", " b_                \
+                                                                   ", p, 1, 1, " transposed_ ";}" \
+               : REFORMER_OPERANDS_##n(d)                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(full_descriptor(b)),             \
+                 "r"(static_cast<int>(accumulate)), "n"(kBTransposed))
 
 // d (+)= A B for K = 16, A and B in shared memory; transposed: read MN-major.
-template <typename Element, int kATransposed, int kBTransposed>
-__device__ __forceinline__ void wgmma_k16(Accumulator& d, uint32_t a, uint32_t b, bool accumulate) {
-  if constexpr (std::is_same_v<Element, __half>) {
-    REFORMER_WGMMA_SHARED("f16");
+template <typename Element, int kATransposed, int kBTransposed, int kGroups>
+__device__ __forceinline__ void wgmma_k16(float (&d)[kGroups][4], uint32_t a, uint32_t b,
+                                          bool accumulate) {
+  constexpr bool kHalf = std::is_same_v<Element, __half>;
+  static_assert(kGroups == 4 || kGroups == 8);
+  if constexpr (kGroups == 4) {
+    if constexpr (kHalf) {
+      REFORMER_WGMMA_SHARED(32, "f16", "%16", "%17", "%18", "%19, %20");
+    } else {
+      REFORMER_WGMMA_SHARED(32, "bf16", "%16", "%17", "%18", "%19, %20");
+    }
   } else {
-    REFORMER_WGMMA_SHARED("bf16");
+    if constexpr (kHalf) {
+      REFORMER_WGMMA_SHARED(64, "f16", "%32", "%33", "%34", "%35, %36");
+    } else {
+      REFORMER_WGMMA_SHARED(64, "bf16", "%32", "%33", "%34", "%35, %36");
+    }
   }
 }
 
 // The same with A in registers.
-template <typename Element, int kBTransposed>
-__device__ __forceinline__ void wgmma_k16(Accumulator& d, const uint32_t (&a)[4], uint32_t b,
-                                          bool accumulate) {
-  if constexpr (std::is_same_v<Element, __half>) {
-    REFORMER_WGMMA_REGISTER("f16");
+template <typename Element, int kBTransposed, int kGroups>
+__device__ __forceinline__ void wgmma_k16(float (&d)[kGroups][4], const uint32_t (&a)[4],
+                                          uint32_t b, bool accumulate) {
+  constexpr bool kHalf = std::is_same_v<Element, __half>;
+  static_assert(kGroups == 4 || kGroups == 8);
+  if constexpr (kGroups == 4) {
+    if constexpr (kHalf) {
+      REFORMER_WGMMA_REGISTER(32, "f16", "{%16,%17,%18,%19}", "%20", "%21", "%22");
+    } else {
+      REFORMER_WGMMA_REGISTER(32, "bf16", "{%16,%17,%18,%19}", "%20", "%21", "%22");
+    }
   } else {
-    REFORMER_WGMMA_REGISTER("bf16");
+    if constexpr (kHalf) {
+      REFORMER_WGMMA_REGISTER(64, "f16", "{%32,%33,%34,%35}", "%36", "%37", "%38");
+    } else {
+      REFORMER_WGMMA_REGISTER(64, "bf16", "{%32,%33,%34,%35}", "%36", "%37", "%38");
+    }
   }
 }
 
 #undef REFORMER_WGMMA_REGISTER
 #undef REFORMER_WGMMA_SHARED
-#undef REFORMER_ACCUMULATOR_REGISTERS
-#undef REFORMER_ACCUMULATOR_OPERANDS
+#undef REFORMER_REGISTERS_64
+#undef REFORMER_REGISTERS_32
+#undef REFORMER_OPERANDS_64
+#undef REFORMER_OPERANDS_32
 
-// The products of 64 x 64 tiles, issued as one committed group (K = kSteps * 16 where given).
-// Operands are descriptors' low words, or fragments for A.
+// The products of tiles of 64 rows, issued as one committed group (K = kSteps * 16 where given).
+// Operands are descriptors' low words, or fragments for A; the accumulator says how many columns.
 
 // d = A B^T, rows of A and of B along M and N.
 template <typename Element, int kSteps = 4>
@@ -238,8 +260,8 @@ __device__ __forceinline__ void multiply_abt(Accumulator& d, const Fragments& a,
 }
 
 // d (+)= A B, rows of B along K.
-template <typename Element>
-__device__ __forceinline__ void multiply_ab(Accumulator& d, const Fragments& a, uint32_t b,
+template <typename Element, int kGroups>
+__device__ __forceinline__ void multiply_ab(float (&d)[kGroups][4], const Fragments& a, uint32_t b,
                                             bool accumulate) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -247,8 +269,8 @@ __device__ __forceinline__ void multiply_ab(Accumulator& d, const Fragments& a, 
   }
   wgmma_commit();
 }
-template <typename Element>
-__device__ __forceinline__ void multiply_ab(Accumulator& d, uint32_t a, uint32_t b,
+template <typename Element, int kGroups>
+__device__ __forceinline__ void multiply_ab(float (&d)[kGroups][4], uint32_t a, uint32_t b,
                                             bool accumulate) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -258,8 +280,8 @@ __device__ __forceinline__ void multiply_ab(Accumulator& d, uint32_t a, uint32_t
 }
 
 // d (+)= A^T B, rows of A and of B along K.
-template <typename Element>
-__device__ __forceinline__ void multiply_atb(Accumulator& d, uint32_t a, uint32_t b,
+template <typename Element, int kGroups>
+__device__ __forceinline__ void multiply_atb(float (&d)[kGroups][4], uint32_t a, uint32_t b,
                                              bool accumulate) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -327,7 +349,7 @@ inline constexpr int kStagingBytes = 8 * 128;  // per warp
 // `positions`, kRowColumns elements each. Through the warp's staging memory, eight rows at a time,
 // so that eight lanes write a whole row; streamed, as partial results are read once and much later.
 template <typename Element, int kColumns, int kRowColumns = kColumns>
-__device__ __forceinline__ void store_rows(const Accumulator& tile, Element* rows,
+__device__ __forceinline__ void store_rows(const AccumulatorOf<kColumns>& tile, Element* rows,
                                            const int* positions, int count, uint8_t* staging,
                                            uint32_t thread) {
   const uint32_t lane = thread % 32, row = lane / 8, piece = lane % 8;

@@ -461,6 +461,7 @@ void run(const Inputs& in, const DeviceLists& lists, Outputs& outputs) {
   p.wrap = c.wrap;
   p.correct_duplicates = c.correct_duplicates;
   p.scale = static_cast<float>(in.scale);
+  p.workspace_cap = c.rounds % 2 == 0 ? 0 : int64_t{1} << 30;  // one head after the other, or all
   p.dropout_p = c.dropout_p;
   p.out = outputs.out.view();
   p.lse = outputs.lse.as<float>();

@@ -1,10 +1,12 @@
-// What the launchers of the hash and of the sort ask about the current device.
+// What launchers ask about the current device.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <array>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <vector>
 
 namespace reformer::kernels {
@@ -14,6 +16,16 @@ struct DeviceTraits {
   int multiprocessors;
   int shared_memory;  // bytes a block may ask for
 };
+
+// REFORMER_FORCE_SM80=1 in the environment: devices pass for an A100, to test and time on a newer
+// one what that would run.
+inline void restrict_to_sm80(DeviceTraits* traits) {
+  const char* const forced = std::getenv("REFORMER_FORCE_SM80");
+  if (forced == nullptr || std::strcmp(forced, "1") != 0 || traits->major < 8) return;
+  traits->major = 8;
+  traits->minor = 0;
+  traits->shared_memory = 163 * 1024;
+}
 
 // Queried once for all devices: cheap on every call, allowed during graph capture.
 inline cudaError_t current_device_traits(DeviceTraits* traits) {
@@ -33,6 +45,7 @@ inline cudaError_t current_device_traits(DeviceTraits* traits) {
           cudaDeviceGetAttribute(&t.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                  device) == cudaSuccess;
       if (!known) t = DeviceTraits{};
+      restrict_to_sm80(&t);
     }
     return queried;
   }();
