@@ -32,7 +32,9 @@ __device__ __forceinline__ uint32_t renewed(uint32_t thread) {
 template <int kColumns>
 using AccumulatorOf = float[kColumns / 8][4];  // 64 rows, fp32
 using Accumulator = AccumulatorOf<64>;
-using Fragments = uint32_t[4][4];  // 64 x 64, 16-bit, A operand: one uint32_t[4] per K = 16
+template <int kColumns>
+using FragmentsOf = uint32_t[kColumns / 16][4];  // 64 rows, 16-bit, A operand: one [4] per K = 16
+using Fragments = FragmentsOf<64>;
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -252,8 +254,9 @@ __device__ __forceinline__ void multiply_abt(Accumulator& d, uint32_t a, uint32_
   }
   wgmma_commit();
 }
-template <typename Element, int kSteps = 4>
-__device__ __forceinline__ void multiply_abt(Accumulator& d, const Fragments& a, uint32_t b) {
+template <typename Element, int kSteps>
+__device__ __forceinline__ void multiply_abt(Accumulator& d, const uint32_t (&a)[kSteps][4],
+                                             uint32_t b) {
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) wgmma_k16<Element, 0>(d, a[k], b + k_major_step(k), k > 0);
   wgmma_commit();
@@ -300,16 +303,17 @@ __device__ __forceinline__ void pack_columns(Fragments& fragments, int j, float 
   fragments[j / 2][(j % 2) * 2 + 1] = pack<Element>(v2, v3);
 }
 
-// Loads the warp's 16 rows of a tile as A operands.
-__device__ __forceinline__ void load_fragments(Fragments& fragments, uint32_t tile,
+// Loads the warp's 16 rows of a tile, or of one and the one that follows, as A operands.
+template <int kSteps>
+__device__ __forceinline__ void load_fragments(uint32_t (&fragments)[kSteps][4], uint32_t tile,
                                                uint32_t thread) {
   const uint32_t lane = thread % 32, row = thread / 32 * 16 + lane % 16;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
+  for (int k = 0; k < kSteps; ++k) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(fragments[k][0]), "=r"(fragments[k][1]), "=r"(fragments[k][2]),
                    "=r"(fragments[k][3])
-                 : "r"(tile + swizzled(row, 2 * k + lane / 16))
+                 : "r"(tile + k / 4 * kTileBytes + swizzled(row, 2 * (k % 4) + lane / 16))
                  : "memory");
   }
 }
