@@ -271,9 +271,23 @@ ATTENTION_CASES: list[AttentionCase] = [
             (448, 4, False),
         ]
     ],
-    _C(
-        "fast-head_dim-128", heads=1, length=200, head_dim=128, rounds=4, chunk_size=64, causal=True
-    ),
+    *[
+        _C(
+            f"fast-head_dim-128-{name}",
+            length=length,
+            head_dim=128,
+            rounds=rounds,
+            chunk_size=64,
+            causal=causal,
+            padding=padding,
+            layout=layout,
+        )
+        for name, length, rounds, causal, padding, layout in [
+            ("causal", 200, 4, True, None, "contiguous"),
+            ("full", 320, 3, False, None, "transposed"),
+            ("padding", 129, 2, True, "tail", "contiguous"),
+        ]
+    ],
     _C("fast-head_dim-32", heads=1, length=200, head_dim=32, rounds=4, chunk_size=64, causal=True),
     _C("fast-padding", length=200, head_dim=64, chunk_size=64, causal=True, padding="tail"),
     _C("fast-dropout", length=200, head_dim=64, chunk_size=64, causal=True, dropout_p=0.1),

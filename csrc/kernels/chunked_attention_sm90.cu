@@ -17,7 +17,8 @@ __global__ __launch_bounds__(kProbeThreads) void wgmma_probe() {}
 }  // namespace sm90
 
 bool sm90_supports(const ChunkedAttentionParams& params) {
-  const bool sizes = (params.head_dim == 32 || params.head_dim == 64) && params.chunk_size == 64 &&
+  const int64_t dim = params.head_dim;
+  const bool sizes = (dim == 32 || dim == 64 || dim == 128) && params.chunk_size == 64 &&
                      params.look_back == 1 && params.look_ahead == 0 &&
                      params.length < (int64_t{1} << 30) &&
                      params.rounds * (params.length / 64 + 1) < (int64_t{1} << 30) &&

@@ -65,10 +65,16 @@ __device__ __forceinline__ int position_at(const Line& line, const int32_t* orde
   return static_cast<int>(min(position, static_cast<uint32_t>(line.length - 1)));
 }
 
-// How a block copies rows: each thread 16 bytes of every kRowsPerPass-th row.
+// Rows of more than 64 columns lie in two tiles, one after the other.
+template <int kHeadDim>
+inline constexpr int kTilesPerRow = kHeadDim > 64 ? kHeadDim / 64 : 1;
+template <int kHeadDim>
+inline constexpr int kTileColumns = kHeadDim / kTilesPerRow<kHeadDim>;
+
+// How a warpgroup copies the rows of a tile: each thread 16 bytes of every kRowsPerPass-th row.
 template <int kHeadDim>
 struct Copy {
-  static constexpr int kThreadsPerRow = kHeadDim / 8;
+  static constexpr int kThreadsPerRow = kTileColumns<kHeadDim> / 8;
   static constexpr int kRowsPerPass = kThreads / kThreadsPerRow;
   static constexpr int kRows = kTileRows / kRowsPerPass;  // per thread and tile
   using Positions = int[kRows];
@@ -86,8 +92,8 @@ __device__ __forceinline__ void read_copied_positions(typename Copy<kHeadDim>::P
   }
 }
 
-// Copies a chunk's rows into a tile. Columns beyond the head dim keep what they held: products that
-// sum over columns leave them out, and what others make of them is not stored.
+// Copies a chunk's rows into their tiles. Columns beyond the head dim keep what they held: products
+// that sum over columns leave them out, and what others make of them is not stored.
 template <int kHeadDim>
 __device__ __forceinline__ void gather_tile(uint32_t tile, const uint8_t* rows, int row_bytes,
                                             const typename Copy<kHeadDim>::Positions& copied,
@@ -97,8 +103,12 @@ __device__ __forceinline__ void gather_tile(uint32_t tile, const uint8_t* rows, 
   rows += piece * 16;
 #pragma unroll
   for (int i = 0; i < Copy<kHeadDim>::kRows; ++i) {
-    copy_async<16>(destination + i * Copy<kHeadDim>::kRowsPerPass * 128,
-                   indexed_address<const uint8_t>(rows, copied[i], row_bytes));
+    const auto* source = indexed_address<const uint8_t>(rows, copied[i], row_bytes);
+#pragma unroll
+    for (int part = 0; part < kTilesPerRow<kHeadDim>; ++part) {
+      copy_async<16>(destination + part * kTileBytes + i * Copy<kHeadDim>::kRowsPerPass * 128,
+                     source + part * 128);
+    }
   }
 }
 
@@ -158,21 +168,21 @@ inline Line make_line(const ChunkedAttentionParams& params) {
           params.mask_self};
 }
 
-// Calls launch(Element{}, integral_constant<int, head_dim>, bool_constant<causal>).
-template <typename Launch>
+// Calls launch(Element{}, integral_constant<int, head_dim>, bool_constant<causal>) for one of the
+// head dims.
+template <int... kHeadDims, typename Launch>
 cudaError_t dispatch(const ChunkedAttentionParams& params, Launch launch) {
   const auto by_causal = [&](auto element, auto head_dim) {
     return params.causal ? launch(element, head_dim, std::true_type{})
                          : launch(element, head_dim, std::false_type{});
   };
   const auto by_head_dim = [&](auto element) {
-    switch (params.head_dim) {
-      case 32:
-        return by_causal(element, std::integral_constant<int, 32>{});
-      case 64:
-        return by_causal(element, std::integral_constant<int, 64>{});
-    }
-    return cudaErrorInvalidValue;
+    cudaError_t error = cudaErrorInvalidValue;
+    const auto launch_if_equal = [&](auto head_dim) {
+      if (params.head_dim == head_dim()) error = by_causal(element, head_dim);
+    };
+    (launch_if_equal(std::integral_constant<int, kHeadDims>{}), ...);
+    return error;
   };
   switch (params.dtype) {
     case DType::f16:

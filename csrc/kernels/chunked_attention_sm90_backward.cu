@@ -1,10 +1,11 @@
-// Backward main kernel of chunked attention by wgmma: shared QK, chunks of 64, one chunk back.
+// Backward main kernel of chunked attention by wgmma: shared QK, chunks of 64, one chunk back, head
+// dims up to 64.
 //
 // Key-major: a key chunk meets the queries of its own and of the next chunk, transposed so that P^T
 // and dS^T stay in registers as operands of dV += P^T dO and dK += dS^T Q. Only dS^T passes through
 // shared memory, for dQ += dS K. A chunk's dQ begins with the previous chunk's keys and ends with
 // its own, where dK and dV are complete too: one row of each per (round, position), and no atomics.
-#include "chunked_attention_sm90.cuh"
+#include "chunked_attention_sm90_backward.cuh"
 
 namespace reformer::kernels {
 namespace sm90 {
@@ -12,18 +13,6 @@ namespace {
 
 constexpr int kResidentBlocks = 2;  // per multiprocessor
 constexpr int kLongestRun = 32;
-
-template <typename Element>
-struct BackwardArgs {
-  Rows q, v, grad_out;
-  const int32_t* order;
-  const RowStats* row_stats;
-  Element* partial_q;
-  Element* partial_v;
-  Line line;
-  int heads, head_begin, run_length;
-  float scale, scale_log2;  // scale_log2: scale * log2(e)
-};
 
 enum Tile { kQ, kV, kGradOut, kTiles };
 
@@ -35,112 +24,26 @@ struct BackwardShared {
   int position[kPositionSlots][kTileRows];
 };
 
-// causal: a query attends if its position is greater; else unless it is equal.
-template <bool kCausal>
-__device__ __forceinline__ int key_bound(const Line& line, int position, bool valid) {
-  if (!valid) return kInvalidKey;
-  if (kCausal) return line.mask_self ? position : position - 1;
-  return line.mask_self ? position : -2;
-}
-
-// The factor of a key's dS^T row: scale and the key's normalisation. Zero rows of q have key_scale
-// 1 / eps, out of fp16's range; their keys are zero and get no gradient there, rather than
-// infinities for all.
-template <typename Element>
-__device__ __forceinline__ float gradient_scale(float key_scale, float scale) {
-  constexpr float kLargest = 1 << 24;  // 1 / the smallest norm of a non-zero fp16 row
-  if (std::is_same_v<Element, __half> && key_scale > kLargest) return 0.0F;
-  return key_scale * scale;
-}
-
-// P^T = exp2(logits - lse) from S^T = K Q^T: to `weights` as an operand, to `scores` times the
-// key's gradient factor. Rows are keys, columns queries.
-template <typename Element, bool kCausal>
-__device__ __forceinline__ void recompute_weights(Fragments& weights, Accumulator& scores,
-                                                  const float (&logit_scales)[2],
-                                                  const float (&gradient_scales)[2],
-                                                  const int (&key_bounds)[2],
-                                                  const RowStats* query_stats,
-                                                  const int* query_positions, uint32_t thread) {
-  const uint32_t quad_column = thread % 4 * 2;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const uint32_t column = 8 * j + quad_column;
-    const float lse[2] = {query_stats[column].lse, query_stats[column + 1].lse};
-    const int2 pair = *reinterpret_cast<const int2*>(&query_positions[column]);
-    const int positions[2] = {pair.x, pair.y};
-    float p[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float weight = exp2_approx(fmaf(scores[j][e], logit_scales[e / 2], -lse[e % 2]));
-      p[e] = may_attend<kCausal>(key_bounds[e / 2], positions[e % 2]) ? weight : 0.0F;
-      scores[j][e] = p[e] * gradient_scales[e / 2];
-    }
-    pack_columns<Element>(weights, j, p[0], p[1], p[2], p[3]);
-  }
-}
-
-// dS^T = P^T (dP^T - delta), packed; scaled_weights are P^T times the gradient factor.
-template <typename Element>
-__device__ __forceinline__ void score_gradients(Fragments& gradients,
-                                                const Accumulator& scaled_weights,
-                                                const Accumulator& weight_gradients,
-                                                const RowStats* query_stats, uint32_t thread) {
-  const uint32_t quad_column = thread % 4 * 2;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const uint32_t column = 8 * j + quad_column;
-    const float delta[2] = {query_stats[column].delta, query_stats[column + 1].delta};
-    float ds[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      ds[e] = scaled_weights[j][e] * (weight_gradients[j][e] - delta[e % 2]);
-    }
-    pack_columns<Element>(gradients, j, ds[0], ds[1], ds[2], ds[3]);
-  }
-}
-
-// An accumulator in half the registers.
-template <int kColumns>
-using PackedTile = uint32_t[kColumns / 8][2];
-
-template <typename Element, int kGroups>
-__device__ __forceinline__ void pack_tile(uint32_t (&packed)[kGroups][2],
-                                          const float (&tile)[kGroups][4]) {
-#pragma unroll
-  for (int i = 0; i < 2 * kGroups; ++i) {
-    packed[i / 2][i % 2] = pack<Element>(tile[i / 2][i % 2 * 2], tile[i / 2][i % 2 * 2 + 1]);
-  }
-}
-
-// Through the normalisation k = q / |q|: grad_k, the gradient of k divided by |q| already, loses
-// its part along k, unless the norm is clamped. Adds grad_q. Result in grad_k.
+// grad_k, projected, plus grad_q. Result in grad_k.
 template <typename Element, int kHeadDim>
 __device__ __forceinline__ void add_projected(AccumulatorOf<kHeadDim>& grad_k,
                                               const PackedTile<kHeadDim>& grad_q,
                                               const uint8_t* q_tile, uint32_t upper_row,
                                               const float (&key_scales)[2], uint32_t thread) {
   PackedTile<kHeadDim> q;
-  float products[2] = {0.0F, 0.0F};
-#pragma unroll
-  for (int i = 0; i < kHeadDim / 4; ++i) {
-    const int j = i / 2, half = i % 2;
-    q[j][half] = *reinterpret_cast<const uint32_t*>(q_tile + swizzled(upper_row + 8 * half, j) +
-                                                    thread % 4 * 4);
-    const float2 pair = unpack<Element>(q[j][half]);
-    products[half] += pair.x * grad_k[j][2 * half] + pair.y * grad_k[j][2 * half + 1];
-  }
+  load_packed(q, q_tile, upper_row, thread);
+  float factors[2] = {0.0F, 0.0F};
+  add_dots<Element>(factors, grad_k, q);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float along = quad_sum(products[half]) * key_scales[half] * key_scales[half];
-    products[half] = key_scales[half] < kMaxKeyScale ? along : 0.0F;
+    factors[half] = projection(quad_sum(factors[half]), key_scales[half]);
   }
 #pragma unroll
   for (int i = 0; i < kHeadDim / 4; ++i) {
     const int j = i / 2, half = i % 2;
     const float2 pair = unpack<Element>(q[j][half]), sum = unpack<Element>(grad_q[j][half]);
-    grad_k[j][2 * half] += sum.x - products[half] * pair.x;
-    grad_k[j][2 * half + 1] += sum.y - products[half] * pair.y;
+    grad_k[j][2 * half] += sum.x - factors[half] * pair.x;
+    grad_k[j][2 * half + 1] += sum.y - factors[half] * pair.y;
   }
 }
 
@@ -317,27 +220,15 @@ cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
   cudaError_t error = current_device_traits(&traits);
   if (error != cudaSuccess) return error;
 
-  const Line line = make_line(params);
-  const int run = run_length(stage.head_count, line.chunks(),
+  const int line_chunks = make_line(params).chunks();
+  const int run = run_length(stage.head_count, line_chunks,
                              traits.multiprocessors * kResidentBlocks, kLongestRun);
-  const BackwardArgs<Element> args{Rows(params.q, sizeof(Element)),
-                                   Rows(params.v, sizeof(Element)),
-                                   Rows(params.grad_out, sizeof(Element)),
-                                   params.order,
-                                   stage.row_stats,
-                                   static_cast<Element*>(stage.partial_q),
-                                   static_cast<Element*>(stage.partial_v),
-                                   line,
-                                   static_cast<int>(params.heads),
-                                   static_cast<int>(stage.head_begin),
-                                   run,
-                                   params.scale,
-                                   params.scale * kLog2E};
+  const BackwardArgs<Element> args(params, stage, run);
   const auto kernel = backward_kernel<Element, kHeadDim, kCausal>;
   constexpr int kSharedBytes = sizeof(BackwardShared);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
-  const dim3 grid((line.chunks() + run - 1) / run, static_cast<unsigned>(stage.head_count));
+  const dim3 grid((line_chunks + run - 1) / run, static_cast<unsigned>(stage.head_count));
   return launch_overlapped(kernel, {grid, kThreads, kSharedBytes}, stream, args);
 }
 
@@ -346,7 +237,8 @@ cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
 
 cudaError_t sm90_backward(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
                           cudaStream_t stream) {
-  return sm90::dispatch(params, [&](auto element, auto head_dim, auto causal) {
+  if (params.head_dim == 128) return sm90::backward_128(params, stage, stream);
+  return sm90::dispatch<32, 64>(params, [&](auto element, auto head_dim, auto causal) {
     return sm90::launch_backward<decltype(element), head_dim(), causal()>(params, stage, stream);
   });
 }

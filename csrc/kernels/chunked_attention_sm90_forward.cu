@@ -9,7 +9,8 @@ namespace reformer::kernels {
 namespace sm90 {
 namespace {
 
-constexpr int kResidentBlocks = 4;  // per multiprocessor
+template <int kHeadDim>
+constexpr int kResidentBlocks = kHeadDim > 64 ? 2 : 4;  // per multiprocessor
 constexpr int kLongestRun = 16;
 
 template <typename Element>
@@ -24,10 +25,12 @@ struct ForwardArgs {
   float scale_log2;  // scale * log2(e)
 };
 
-// Shared memory: a ring of chunks, each a tile of q (queries and keys) and one of v, and their
+// Shared memory: a ring of chunks, each the tiles of q (queries and keys) and those of v, and their
 // constants.
+template <int kHeadDim>
 struct ForwardShared {
-  uint8_t tiles[kSlots][2][kTileBytes];
+  uint8_t q[kSlots][kTilesPerRow<kHeadDim>][kTileBytes];
+  uint8_t v[kSlots][kTilesPerRow<kHeadDim>][kTileBytes];
   float key_scale[kSlots][kTileRows];   // scale * log2(e) / |q|
   int key_position[kSlots][kTileRows];  // kInvalidKey: nobody may attend to it
   int no_positions[kTileRows];          // key positions of a chunk that has no predecessor
@@ -106,7 +109,7 @@ __device__ __forceinline__ void exponentiate(Fragments& weights, float (&sums)[2
   }
 }
 
-// |q| of a row of a tile, by two neighbouring threads: what read_diagonal cannot give of the chunk
+// |q| of a row of a chunk, by two neighbouring threads: what read_diagonal cannot give of the chunk
 // before a run.
 template <typename Element, int kHeadDim>
 __device__ __forceinline__ float row_norm(const uint8_t* tile, uint32_t thread) {
@@ -114,8 +117,9 @@ __device__ __forceinline__ float row_norm(const uint8_t* tile, uint32_t thread) 
   float square = 0.0F;
 #pragma unroll
   for (uint32_t i = 0; i < kPieces; ++i) {
-    const uint4 words =
-        *reinterpret_cast<const uint4*>(tile + swizzled(thread / 2, thread % 2 * kPieces + i));
+    const uint32_t piece = thread % 2 * kPieces + i;
+    const uint4 words = *reinterpret_cast<const uint4*>(tile + piece / 8 * kTileBytes +
+                                                        swizzled(thread / 2, piece % 8));
     for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
       const float2 pair = unpack<Element>(word);
       square = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, square));
@@ -130,13 +134,15 @@ __device__ __forceinline__ float row_norm(const uint8_t* tile, uint32_t thread) 
 }
 
 template <typename Element, int kHeadDim, bool kCausal>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
     forward_kernel(const __grid_constant__ ForwardArgs<Element> args) {
 #ifdef REFORMER_SM90A
   overlap_neighbours();
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  ForwardShared& shared = *reinterpret_cast<ForwardShared*>(shared_bytes);
+  using Shared = ForwardShared<kHeadDim>;
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const Line& line = args.line;
+  constexpr int kParts = kTilesPerRow<kHeadDim>;
 
   const int first_chunk = blockIdx.x * args.run_length;
   const uint32_t steps = min(args.run_length, line.chunks() - first_chunk);
@@ -166,10 +172,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     const auto& positions = shared.position[n % kPositionSlots];
     typename Copy<kHeadDim>::Positions copied;
     read_copied_positions<kHeadDim>(copied, positions, thread);
-    gather_tile<kHeadDim>(shared_address(shared.tiles[slot][0]), q, args.q.row_bytes, copied,
-                          thread);
-    gather_tile<kHeadDim>(shared_address(shared.tiles[slot][1]), v, args.v.row_bytes, copied,
-                          thread);
+    gather_tile<kHeadDim>(shared_address(shared.q[slot]), q, args.q.row_bytes, copied, thread);
+    gather_tile<kHeadDim>(shared_address(shared.v[slot]), v, args.v.row_bytes, copied, thread);
     if (thread < kTileRows) {
       const int position = positions[thread];
       const bool valid = thread < rows && !(padding != nullptr && padding[position]);
@@ -192,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   gather(1, line.rows(chunk), threadIdx.x);
   int pending_position = load_position();
   copy_async_wait_and_sync();
-  const float first_norm = row_norm<Element, kHeadDim>(shared.tiles[0][0], threadIdx.x);
+  const float first_norm = row_norm<Element, kHeadDim>(shared.q[0][0], threadIdx.x);
   shared.key_scale[0][threadIdx.x / 2] = key_scale_of(first_norm, args.scale_log2);
 
   for (uint32_t n = 1; n <= steps; ++n) {
@@ -208,15 +212,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     pending_position = load_position();
 
     // Scores of both key tiles, the chunk's own first.
-    const uint32_t previous_tiles = tile_descriptor(shared_address(shared.tiles[previous]));
-    const uint32_t current_tiles = tile_descriptor(shared_address(shared.tiles[current]));
-    constexpr uint32_t kValues = kTileBytes >> 4;  // from a slot's q tile to its v tile
-    Fragments query;
-    load_fragments(query, shared_address(shared.tiles[current][0]), thread);
+    FragmentsOf<kHeadDim> query;
+    load_fragments(query, shared_address(shared.q[current]), thread);
     Accumulator previous_scores, current_scores;
     wgmma_fence();
-    multiply_abt<Element, kHeadDim / 16>(current_scores, query, current_tiles);
-    multiply_abt<Element, kHeadDim / 16>(previous_scores, query, previous_tiles);
+    multiply_abt<Element>(current_scores, query,
+                          tile_descriptor(shared_address(shared.q[current])));
+    multiply_abt<Element>(previous_scores, query,
+                          tile_descriptor(shared_address(shared.q[previous])));
 
     float shifts[2], sums[2] = {0.0F, 0.0F};
     wgmma_wait<1>();
@@ -255,17 +258,23 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       }
     }
     Fragments previous_weights, current_weights;
-    AccumulatorOf<kHeadDim> output;
+    AccumulatorOf<kTileColumns<kHeadDim>> output[kParts];
+    const auto multiply_values = [&](const Fragments& weights, uint32_t slot, bool accumulate) {
+      wgmma_fence();
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        multiply_ab<Element>(output[part], weights,
+                             tile_descriptor(shared_address(shared.v[slot][part])), accumulate);
+      }
+    };
     exponentiate<Element, kCausal>(current_weights, sums, current_scores, shifts, key_scales[1],
                                    key_positions[1], query_bounds, thread);
-    wgmma_fence();
-    multiply_ab<Element>(output, current_weights, current_tiles + kValues, false);
-    wgmma_wait<1>();
+    multiply_values(current_weights, current, false);
+    wgmma_wait<kParts>();
     pin(previous_scores);
     exponentiate<Element, kCausal>(previous_weights, sums, previous_scores, shifts, key_scales[0],
                                    key_positions[0], query_bounds, thread);
-    wgmma_fence();
-    multiply_ab<Element>(output, previous_weights, previous_tiles + kValues, true);
+    multiply_values(previous_weights, previous, true);
 
     const int64_t round_begin = int64_t{chunk.round} * line.length;
     const int rows = line.rows(chunk);
@@ -281,13 +290,17 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       }
     }
     wgmma_wait<0>();
-    pin(output);
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) output[i / 4][i % 4] *= inverse_sums[i % 4 / 2];
     const uint32_t warp = thread / 32, first_row = 16 * warp;
-    store_rows<Element, kHeadDim>(output, partial_out + round_begin * kHeadDim,
-                                  &positions[first_row], rows - first_row, shared.staging[warp],
-                                  thread);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      constexpr int kColumns = kTileColumns<kHeadDim>;
+      pin(output[part]);
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) output[part][i / 4][i % 4] *= inverse_sums[i % 4 / 2];
+      store_rows<Element, kColumns, kHeadDim>(
+          output[part], partial_out + round_begin * kHeadDim + part * kColumns,
+          &positions[first_row], rows - first_row, shared.staging[warp], thread);
+    }
     chunk = line.next(chunk);
   }
 #endif
@@ -302,7 +315,7 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, const ForwardSt
 
   const Line line = make_line(params);
   const int run = run_length(stage.head_count, line.chunks(),
-                             traits.multiprocessors * kResidentBlocks, kLongestRun);
+                             traits.multiprocessors * kResidentBlocks<kHeadDim>, kLongestRun);
   const ForwardArgs<Element> args{Rows(params.q, sizeof(Element)),
                                   Rows(params.v, sizeof(Element)),
                                   params.order,
@@ -315,7 +328,7 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, const ForwardSt
                                   run,
                                   params.scale * kLog2E};
   const auto kernel = forward_kernel<Element, kHeadDim, kCausal>;
-  constexpr int kSharedBytes = sizeof(ForwardShared);
+  constexpr int kSharedBytes = sizeof(ForwardShared<kHeadDim>);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid((line.chunks() + run - 1) / run, static_cast<unsigned>(stage.head_count));
@@ -327,7 +340,7 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, const ForwardSt
 
 cudaError_t sm90_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
                          cudaStream_t stream) {
-  return sm90::dispatch(params, [&](auto element, auto head_dim, auto causal) {
+  return sm90::dispatch<32, 64, 128>(params, [&](auto element, auto head_dim, auto causal) {
     return sm90::launch_forward<decltype(element), head_dim(), causal()>(params, stage, stream);
   });
 }

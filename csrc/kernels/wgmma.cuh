@@ -32,7 +32,9 @@ __device__ __forceinline__ uint32_t renewed(uint32_t thread) {
 template <int kColumns>
 using AccumulatorOf = float[kColumns / 8][4];  // 64 rows, fp32
 using Accumulator = AccumulatorOf<64>;
-using Fragments = uint32_t[4][4];  // 64 x 64, 16-bit, A operand: one uint32_t[4] per K = 16
+template <int kColumns>
+using FragmentsOf = uint32_t[kColumns / 16][4];  // 64 rows, 16-bit, A operand: one [4] per K = 16
+using Fragments = FragmentsOf<64>;
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -121,6 +123,12 @@ __device__ __forceinline__ uint32_t tile_descriptor(uint32_t address) {
 }
 inline constexpr uint32_t kStepKMajor = 32 >> 4;         // 16 columns
 inline constexpr uint32_t kStepMnMajor = 16 * 128 >> 4;  // 16 rows
+
+// From a K-major operand's first to its (k + 1)th 16 columns: the ones past 64 are in the tile that
+// follows.
+__device__ constexpr uint32_t k_major_step(int k) {
+  return k / 4 * (kTileBytes >> 4) + k % 4 * kStepKMajor;
+}
 
 __device__ __forceinline__ uint64_t full_descriptor(uint32_t low) {
   constexpr uint32_t kHigh = (1u << 30) | (1024 >> 4);  // 128-byte swizzle, 8-row groups 1024 apart
@@ -234,22 +242,23 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[kGroups][4], const uint32_t
 #undef REFORMER_OPERANDS_64
 #undef REFORMER_OPERANDS_32
 
-// The products of tiles of 64 rows, issued as one committed group (K = kSteps * 16). Operands are
-// descriptors' low words, or fragments for A; the accumulator says how many columns.
+// The products of tiles of 64 rows, issued as one committed group (K = kSteps * 16 where given).
+// Operands are descriptors' low words, or fragments for A; the accumulator says how many columns.
 
-// d (+)= A B^T, rows of A and of B along M and N.
+// d = A B^T, rows of A and of B along M and N.
 template <typename Element, int kSteps = 4>
 __device__ __forceinline__ void multiply_abt(Accumulator& d, uint32_t a, uint32_t b) {
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    wgmma_k16<Element, 0, 0>(d, a + k * kStepKMajor, b + k * kStepKMajor, k > 0);
+    wgmma_k16<Element, 0, 0>(d, a + k_major_step(k), b + k_major_step(k), k > 0);
   }
   wgmma_commit();
 }
-template <typename Element, int kSteps = 4>
-__device__ __forceinline__ void multiply_abt(Accumulator& d, const Fragments& a, uint32_t b) {
+template <typename Element, int kSteps>
+__device__ __forceinline__ void multiply_abt(Accumulator& d, const uint32_t (&a)[kSteps][4],
+                                             uint32_t b) {
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) wgmma_k16<Element, 0>(d, a[k], b + k * kStepKMajor, k > 0);
+  for (int k = 0; k < kSteps; ++k) wgmma_k16<Element, 0>(d, a[k], b + k_major_step(k), k > 0);
   wgmma_commit();
 }
 
@@ -260,6 +269,15 @@ __device__ __forceinline__ void multiply_ab(float (&d)[kGroups][4], const Fragme
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     wgmma_k16<Element, 1>(d, a[k], b + k * kStepMnMajor, k > 0 || accumulate);
+  }
+  wgmma_commit();
+}
+template <typename Element, int kGroups>
+__device__ __forceinline__ void multiply_ab(float (&d)[kGroups][4], uint32_t a, uint32_t b,
+                                            bool accumulate) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    wgmma_k16<Element, 0, 1>(d, a + k_major_step(k), b + k * kStepMnMajor, k > 0 || accumulate);
   }
   wgmma_commit();
 }
@@ -285,16 +303,17 @@ __device__ __forceinline__ void pack_columns(Fragments& fragments, int j, float 
   fragments[j / 2][(j % 2) * 2 + 1] = pack<Element>(v2, v3);
 }
 
-// Loads the warp's 16 rows of a tile as A operands.
-__device__ __forceinline__ void load_fragments(Fragments& fragments, uint32_t tile,
+// Loads the warp's 16 rows of a tile, or of one and the one that follows, as A operands.
+template <int kSteps>
+__device__ __forceinline__ void load_fragments(uint32_t (&fragments)[kSteps][4], uint32_t tile,
                                                uint32_t thread) {
   const uint32_t lane = thread % 32, row = thread / 32 * 16 + lane % 16;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
+  for (int k = 0; k < kSteps; ++k) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(fragments[k][0]), "=r"(fragments[k][1]), "=r"(fragments[k][2]),
                    "=r"(fragments[k][3])
-                 : "r"(tile + swizzled(row, 2 * k + lane / 16))
+                 : "r"(tile + k / 4 * kTileBytes + swizzled(row, 2 * (k % 4) + lane / 16))
                  : "memory");
   }
 }
@@ -331,9 +350,9 @@ __device__ __forceinline__ float quad_max(float x) {
 inline constexpr int kStagingBytes = 8 * 128;  // per warp
 
 // Writes the warp's first `count` of 16 rows of a tile of kColumns columns to the rows at
-// `positions`. Through the warp's staging memory, eight rows at a time, so that eight lanes write a
-// whole row; streamed, as partial results are read once and much later.
-template <typename Element, int kColumns>
+// `positions`, kRowColumns elements each. Through the warp's staging memory, eight rows at a time,
+// so that eight lanes write a whole row; streamed, as partial results are read once and much later.
+template <typename Element, int kColumns, int kRowColumns = kColumns>
 __device__ __forceinline__ void store_rows(const AccumulatorOf<kColumns>& tile, Element* rows,
                                            const int* positions, int count, uint8_t* staging,
                                            uint32_t thread) {
@@ -356,7 +375,7 @@ __device__ __forceinline__ void store_rows(const AccumulatorOf<kColumns>& tile, 
       const uint4 words = *reinterpret_cast<const uint4*>(staging + swizzled(i + row, piece));
       const int tile_row = 8 * half + i + static_cast<int>(row);
       uint4* destination =
-          indexed_address<uint4>(columns, positions[tile_row], kColumns * sizeof(Element));
+          indexed_address<uint4>(columns, positions[tile_row], kRowColumns * sizeof(Element));
       if (tile_row < count && piece * 8 < kColumns) __stcs(destination, words);
     }
     __syncwarp();

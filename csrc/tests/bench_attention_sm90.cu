@@ -3,7 +3,7 @@
 //
 //   nvcc -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -fopenmp -I csrc/kernels
 //        csrc/tests/bench_attention_sm90.cu csrc/kernels/chunked_attention_sm90*.cu
-//   a.out check | small | time | main      main: the largest target only; small: one case of a few
+//   a.out check | small | time | main      main: the largest target by head dim; small: a few
 //   chunks, for compute-sanitizer
 #include <algorithm>
 #include <cmath>
@@ -458,60 +458,78 @@ int main(int argc, char** argv) {
     return 77;
   }
   if (mode == "small") {
-    const Problem problem(with(base, [](Case& c) { c.length = 300, c.padding = true; }), 7);
-    return check(problem, reference(problem)) ? 0 : 1;
+    bool passed = true;
+    for (const int head_dim : {64, 128}) {
+      const Problem problem(
+          with(base, [&](Case& c) { c.length = 300, c.padding = true, c.head_dim = head_dim; }), 7);
+      passed = check(problem, reference(problem)) && passed;
+    }
+    return passed ? 0 : 1;
   }
-  if (mode == "main") time_case({1, 8, 65536, 8, 64});
+  if (mode == "main") {
+    for (const int head_dim : {64, 128}) time_case({1, 8, 65536, 8, head_dim});
+  }
   if (mode == "time") {
-    for (const int length : {65536, 16384, 4096}) time_case({1, 8, length, 8, 64});
+    for (const int head_dim : {64, 128}) {
+      for (const int length : {65536, 16384, 4096}) time_case({1, 8, length, 8, head_dim});
+    }
     time_case({1, 8, 65536, 4, 64});
     time_case({1, 1, 4096, 8, 64});
     time_case(with({1, 8, 65536, 8, 64}, [](Case& c) { c.causal = false; }));
     time_case(with({1, 8, 65536, 8, 64}, [](Case& c) { c.dtype = DType::f16; }));
     time_case({1, 8, 65536, 8, 32});
     time_case(with({8, 1, 65536, 8, 64}, [](Case& c) { c.padding = true; }));
-    time_case({1, 8, 262144, 8, 64});
+    time_case(with({1, 8, 65536, 8, 128}, [](Case& c) { c.causal = false; }));
+    time_case(with({1, 8, 65536, 8, 128}, [](Case& c) { c.dtype = DType::f16; }));
+    for (const int head_dim : {64, 128}) time_case({1, 8, 262144, 8, head_dim});
   }
   if (mode != "check") return 0;
   std::vector<Case> cases;
-  for (const int length : {256, 257, 300, 1000, 4096}) {
-    for (const int rounds : {1, 2, 3, 8}) {
-      if (length == 4096 && rounds > 2) continue;
-      for (const bool causal : {true, false}) {
-        for (const bool wrap : {true, false}) {
-          const DType dtype = (length + rounds + causal) % 2 ? DType::bf16 : DType::f16;
-          cases.push_back(with(base, [&](Case& c) {
-            c.length = length, c.rounds = rounds, c.causal = causal, c.wrap = wrap, c.dtype = dtype;
-          }));
+  for (const int head_dim : {64, 128}) {
+    for (const int length : {256, 257, 300, 1000, 4096}) {
+      for (const int rounds : {1, 2, 3, 8}) {
+        if (length == 4096 && rounds > 2) continue;
+        for (const bool causal : {true, false}) {
+          for (const bool wrap : {true, false}) {
+            const DType dtype = (length + rounds + causal) % 2 ? DType::bf16 : DType::f16;
+            cases.push_back(with(base, [&](Case& c) {
+              c.length = length, c.rounds = rounds, c.head_dim = head_dim;
+              c.causal = causal, c.wrap = wrap, c.dtype = dtype;
+            }));
+          }
         }
       }
     }
-  }
-  for (const DType dtype : {DType::bf16, DType::f16}) {
-    for (const bool causal : {true, false}) {
-      const Case typed =
-          with(base, [&](Case& c) { c.dtype = dtype, c.causal = causal, c.rounds = 3; });
-      for (const int length : {1, 63, 64, 65, 128}) {
-        cases.push_back(with(typed, [&](Case& c) { c.length = length; }));
+    for (const DType dtype : {DType::bf16, DType::f16}) {
+      for (const bool causal : {true, false}) {
+        const Case typed = with(base, [&](Case& c) {
+          c.dtype = dtype, c.causal = causal, c.rounds = 3, c.head_dim = head_dim;
+        });
+        for (const int length : {1, 63, 64, 65, 128}) {
+          cases.push_back(with(typed, [&](Case& c) { c.length = length; }));
+          cases.push_back(
+              with(typed, [&](Case& c) { c.length = length, c.rounds = 1, c.wrap = false; }));
+        }
+        cases.push_back(with(typed, [](Case& c) { c.mask_self = false; }));
         cases.push_back(
-            with(typed, [&](Case& c) { c.length = length, c.rounds = 1, c.wrap = false; }));
+            with(typed, [](Case& c) { c.padding = true, c.batch = 2, c.length = 333; }));
+        cases.push_back(with(typed, [](Case& c) { c.padding = true, c.mask_self = false; }));
+        cases.push_back(with(typed, [](Case& c) {
+          c.interleaved = true, c.batch = 2, c.heads = 3, c.length = 777;
+        }));
+        cases.push_back(with(typed, [](Case& c) {
+          c.natural_order = true, c.rounds = 1, c.wrap = false, c.length = 999;
+        }));
+        cases.push_back(with(typed, [](Case& c) { c.natural_order = true, c.rounds = 1; }));
+        cases.push_back(with(typed, [](Case& c) { c.norm = 30; }));
+        // Around the norm from which on the forward pass takes maxima: both ways within one chunk.
+        cases.push_back(with(typed, [](Case& c) { c.norm = c.dtype == DType::f16 ? 2.75 : 28; }));
+        cases.push_back(with(typed, [](Case& c) { c.norm = 0.01; }));
+        if (head_dim == 128) continue;
+        cases.push_back(with(typed, [](Case& c) { c.head_dim = 32, c.length = 700; }));
+        cases.push_back(
+            with(typed, [](Case& c) { c.head_dim = 32, c.interleaved = true, c.padding = true; }));
       }
-      cases.push_back(with(typed, [](Case& c) { c.mask_self = false; }));
-      cases.push_back(with(typed, [](Case& c) { c.padding = true, c.batch = 2, c.length = 333; }));
-      cases.push_back(with(typed, [](Case& c) { c.padding = true, c.mask_self = false; }));
-      cases.push_back(with(
-          typed, [](Case& c) { c.interleaved = true, c.batch = 2, c.heads = 3, c.length = 777; }));
-      cases.push_back(with(typed, [](Case& c) {
-        c.natural_order = true, c.rounds = 1, c.wrap = false, c.length = 999;
-      }));
-      cases.push_back(with(typed, [](Case& c) { c.natural_order = true, c.rounds = 1; }));
-      cases.push_back(with(typed, [](Case& c) { c.norm = 30; }));
-      // Around the norm from which on the forward pass takes maxima: both ways within one chunk.
-      cases.push_back(with(typed, [](Case& c) { c.norm = c.dtype == DType::f16 ? 2.75 : 28; }));
-      cases.push_back(with(typed, [](Case& c) { c.norm = 0.01; }));
-      cases.push_back(with(typed, [](Case& c) { c.head_dim = 32, c.length = 700; }));
-      cases.push_back(
-          with(typed, [](Case& c) { c.head_dim = 32, c.interleaved = true, c.padding = true; }));
     }
   }
   std::vector<Problem> problems;

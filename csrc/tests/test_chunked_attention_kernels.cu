@@ -591,6 +591,21 @@ std::vector<Case> corners() {
       c.look_ahead = 2;
       cases.push_back(c);
     }
+    for (const int64_t head_dim : {64, 128}) {  // flags that the wgmma instances know
+      Case c = base;
+      c.head_dim = head_dim;
+      c.causal = false;
+      c.padded = true;
+      cases.push_back(c);
+      c.mask_self = c.wrap = false;
+      c.transposed = true;
+      cases.push_back(c);
+      c.ordered = false;
+      c.rounds = 1;
+      cases.push_back(c);
+      c.causal = c.mask_self = true;
+      cases.push_back(c);
+    }
     {
       Case c = base;  // everyone alone: self only, exactly
       c.chunk_size = 1;
@@ -629,6 +644,8 @@ std::vector<Case> corners() {
       Case c = base;
       c.zero_row = 7;
       c.causal = false;
+      cases.push_back(c);
+      c.head_dim = 128;
       cases.push_back(c);
     }
   }

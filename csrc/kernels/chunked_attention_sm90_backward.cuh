@@ -1,0 +1,148 @@
+// What the backward kernels of chunked attention by wgmma share: chunked_attention_sm90_backward.cu
+// for head dims up to 64, chunked_attention_sm90_backward_128.cu for 128.
+#pragma once
+
+#include "chunked_attention_sm90.cuh"
+
+namespace reformer::kernels::sm90 {
+
+template <typename Element>
+struct BackwardArgs {
+  Rows q, v, grad_out;
+  const int32_t* order;
+  const RowStats* row_stats;
+  Element* partial_q;
+  Element* partial_v;
+  Line line;
+  int heads, head_begin, run_length;
+  float scale, scale_log2;  // scale_log2: scale * log2(e)
+
+  BackwardArgs(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
+               int run_length)
+      : q(params.q, sizeof(Element)),
+        v(params.v, sizeof(Element)),
+        grad_out(params.grad_out, sizeof(Element)),
+        order(params.order),
+        row_stats(stage.row_stats),
+        partial_q(static_cast<Element*>(stage.partial_q)),
+        partial_v(static_cast<Element*>(stage.partial_v)),
+        line(make_line(params)),
+        heads(static_cast<int>(params.heads)),
+        head_begin(static_cast<int>(stage.head_begin)),
+        run_length(run_length),
+        scale(params.scale),
+        scale_log2(params.scale * kLog2E) {}
+};
+
+// causal: a query attends if its position is greater; else unless it is equal.
+template <bool kCausal>
+__device__ __forceinline__ int key_bound(const Line& line, int position, bool valid) {
+  if (!valid) return kInvalidKey;
+  if (kCausal) return line.mask_self ? position : position - 1;
+  return line.mask_self ? position : -2;
+}
+
+// The factor of a key's dS^T row: scale and the key's normalisation. Zero rows of q have key_scale
+// 1 / eps, out of fp16's range; their keys are zero and get no gradient there, rather than
+// infinities for all.
+template <typename Element>
+__device__ __forceinline__ float gradient_scale(float key_scale, float scale) {
+  constexpr float kLargest = 1 << 24;  // 1 / the smallest norm of a non-zero fp16 row
+  if (std::is_same_v<Element, __half> && key_scale > kLargest) return 0.0F;
+  return key_scale * scale;
+}
+
+// P^T = exp2(logits - lse) from S^T = K Q^T: to `weights` as an operand, to `scores` times the
+// key's gradient factor. Rows are keys, columns queries.
+template <typename Element, bool kCausal>
+__device__ __forceinline__ void recompute_weights(Fragments& weights, Accumulator& scores,
+                                                  const float (&logit_scales)[2],
+                                                  const float (&gradient_scales)[2],
+                                                  const int (&key_bounds)[2],
+                                                  const RowStats* query_stats,
+                                                  const int* query_positions, uint32_t thread) {
+  const uint32_t quad_column = thread % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t column = 8 * j + quad_column;
+    const float lse[2] = {query_stats[column].lse, query_stats[column + 1].lse};
+    const int2 pair = *reinterpret_cast<const int2*>(&query_positions[column]);
+    const int positions[2] = {pair.x, pair.y};
+    float p[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float weight = exp2_approx(fmaf(scores[j][e], logit_scales[e / 2], -lse[e % 2]));
+      p[e] = may_attend<kCausal>(key_bounds[e / 2], positions[e % 2]) ? weight : 0.0F;
+      scores[j][e] = p[e] * gradient_scales[e / 2];
+    }
+    pack_columns<Element>(weights, j, p[0], p[1], p[2], p[3]);
+  }
+}
+
+// dS^T = P^T (dP^T - delta), packed; scaled_weights are P^T times the gradient factor.
+template <typename Element>
+__device__ __forceinline__ void score_gradients(Fragments& gradients,
+                                                const Accumulator& scaled_weights,
+                                                const Accumulator& weight_gradients,
+                                                const RowStats* query_stats, uint32_t thread) {
+  const uint32_t quad_column = thread % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t column = 8 * j + quad_column;
+    const float delta[2] = {query_stats[column].delta, query_stats[column + 1].delta};
+    float ds[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      ds[e] = scaled_weights[j][e] * (weight_gradients[j][e] - delta[e % 2]);
+    }
+    pack_columns<Element>(gradients, j, ds[0], ds[1], ds[2], ds[3]);
+  }
+}
+
+// An accumulator in half the registers.
+template <int kColumns>
+using PackedTile = uint32_t[kColumns / 8][2];
+
+template <typename Element, int kGroups>
+__device__ __forceinline__ void pack_tile(uint32_t (&packed)[kGroups][2],
+                                          const float (&tile)[kGroups][4]) {
+#pragma unroll
+  for (int i = 0; i < 2 * kGroups; ++i) {
+    packed[i / 2][i % 2] = pack<Element>(tile[i / 2][i % 2 * 2], tile[i / 2][i % 2 * 2 + 1]);
+  }
+}
+
+// The thread's elements of a tile in shared memory, placed as an accumulator's.
+template <int kGroups>
+__device__ __forceinline__ void load_packed(uint32_t (&packed)[kGroups][2], const uint8_t* tile,
+                                            uint32_t upper_row, uint32_t thread) {
+#pragma unroll
+  for (int i = 0; i < 2 * kGroups; ++i) {
+    packed[i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(
+        tile + swizzled(upper_row + 8 * (i % 2), i / 2) + thread % 4 * 4);
+  }
+}
+
+// Adds to each of the thread's two rows its part of the dot product of a and b.
+template <typename Element, int kGroups>
+__device__ __forceinline__ void add_dots(float (&dots)[2], const float (&a)[kGroups][4],
+                                         const uint32_t (&b)[kGroups][2]) {
+#pragma unroll
+  for (int i = 0; i < 2 * kGroups; ++i) {
+    const int j = i / 2, half = i % 2;
+    const float2 pair = unpack<Element>(b[j][half]);
+    dots[half] += pair.x * a[j][2 * half] + pair.y * a[j][2 * half + 1];
+  }
+}
+
+// Through the normalisation k = q / |q|: grad_k, the gradient of k divided by |q| already, loses
+// its part along k, unless the norm is clamped. That part is this factor times q; dot: grad_k . q.
+__device__ __forceinline__ float projection(float dot, float key_scale) {
+  return key_scale < kMaxKeyScale ? dot * key_scale * key_scale : 0.0F;
+}
+
+// sm90_backward for head_dim 128.
+cudaError_t backward_128(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
+                         cudaStream_t stream);
+
+}  // namespace reformer::kernels::sm90
