@@ -83,3 +83,6 @@ JOBS = {"replicated": replicated, "sharded": sharded, "sharded_blocks": sharded_
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # not by the interpreter: a thread of gloo may outlive its group, which aborts then

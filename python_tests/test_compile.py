@@ -147,14 +147,16 @@ def test_inductor_with_cuda_graphs() -> None:
     assert_same(got, value_and_grads(function, inputs))
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["fixed", "dynamic"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_defaults_compile(device: str) -> None:
+def test_defaults_compile(device: str, dynamic: bool | None) -> None:
     """Rotations, n_buckets and the dropout seed drawn inside the graph."""
 
     def function(qk: Tensor, v: Tensor) -> Tensor:
         return reformer_ext.lsh_attention(qk, v, n_hashes=2, chunk_size=CHUNK, dropout_p=0.1)
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     inputs = [randn(70, device), randn(70, device, 1)]
     out = compiled(*inputs)
     assert out.shape == inputs[0].shape and out.isfinite().all()

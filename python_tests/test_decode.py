@@ -373,6 +373,86 @@ def test_reset_starts_again() -> None:
     assert first.shape[1] == 40
 
 
+def test_reordered_sequences_go_on_as_their_originals() -> None:
+    """A beam that goes on twice and one that does not; then all but one dropped."""
+    model = language_model()
+    tokens, more = torch.randint(50, (3, 20)), torch.randint(50, (3, 12))
+    cache = model.new_cache(3, 40, window=64)
+    before = {name: buffer.data_ptr() for name, buffer in cache.named_buffers()}
+    with torch.no_grad():
+        model(tokens, cache=cache)
+        cache.reorder(torch.tensor([2, 0, 2]))
+        assert {name: buffer.data_ptr() for name, buffer in cache.named_buffers()} == before
+        got = model(more[:, :5], cache=cache)
+        expected = model(torch.cat([tokens[[2, 0, 2]], more], dim=1))[:, 20:]
+        torch.testing.assert_close(got, expected[:, :5], rtol=1e-9, atol=1e-9)
+        cache.reorder([1])
+        got = model(more[1:2, 5:], cache=cache)
+        torch.testing.assert_close(got, expected[1:2, 5:], rtol=1e-9, atol=1e-9)
+    assert cache.batch == 1
+    assert cache.lengths.tolist() == [32]
+
+
+def test_reordered_sequences_keep_their_lengths() -> None:
+    model = language_model()
+    tokens = torch.randint(50, (2, 20))
+    padding = torch.arange(20) >= torch.tensor([[20], [7]])
+    cache = model.new_cache(2, 40, window=64)
+    with torch.no_grad():
+        model(tokens, key_padding_mask=padding, cache=cache)
+        cache.reorder([1, 0])
+        assert cache.lengths.tolist() == [7, 20]
+        got = model(tokens[:, :1], cache=cache)[0]
+        alone = torch.cat([tokens[1, :7], tokens[0, :1]])[None]
+        torch.testing.assert_close(got, model(alone)[0, -1:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([0, 2], r"DecodingCache.reorder: expected indices in 0 .. 1, got \[0, 2\]"),
+        ([-1], r"expected indices in 0 .. 1, got \[-1\]"),
+        ([0, 1, 0], "expected 1 to 2 indices, got 3"),
+        (torch.zeros(0, dtype=torch.int64), "expected 1 to 2 indices, got 0"),
+        ([0.0], r"expected indices \[n\] of int32 or int64, got \[1\] of torch.float32"),
+        ([[0, 1]], r"expected indices \[n\] of int32 or int64, got \[1, 2\] of torch.int64"),
+    ],
+)
+def test_reorder_errors(indices: list, message: str) -> None:
+    cache = language_model().new_cache(2, 8)
+    with pytest.raises(ValueError, match=message):
+        cache.reorder(indices)
+    assert cache.batch == 2
+
+
+@pytest.mark.parametrize("fields", [{}, {"local_wrap": True}, {"layers": ("full", "lsh", "full")}])
+def test_prompts_are_padded_to_the_length_multiple(fields: dict[str, object]) -> None:
+    """As in a forward pass: without a part of the buckets, what a chunk looks back to shows it."""
+    options = {"same_bucket": False, "chunk_size": 8, "length_multiple": 32, "n_buckets": 4}
+    model = language_model(**{**options, **fields})
+    tokens = torch.randint(50, (2, 41))
+    plain = language_model(**{**options, **fields, "length_multiple": 1})
+    with torch.no_grad():
+        expected = model(tokens)
+        cache = model.new_cache(2, 45, window=64)  # the padding reaches beyond it
+        got = model(tokens, cache=cache)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(plain(tokens), expected)
+        assert cache.lengths.tolist() == [41, 41]
+        # What the cache holds is what it holds without.
+        other = plain.new_cache(2, 45, window=64)
+        plain(tokens, cache=other)
+        first, second = cache.layers[0], other.layers[0]
+        torch.testing.assert_close(first.keys[:, :, :41], second.keys[:, :, :41])
+
+    # Local and full layers are exact: steps after the prompt do not see its padding.
+    model = language_model(layers=("full", "local"), length_multiple=32)
+    cache = model.new_cache(2, 45)
+    with torch.no_grad():
+        got = continued(model, cache, tokens, [37, 1, 3])
+        torch.testing.assert_close(got, model(tokens), rtol=1e-9, atol=1e-9)
+
+
 def test_cost_of_a_step_does_not_grow_with_the_context() -> None:
     """What a step of local and LSH layers reads and writes, counted by its operators."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -32,7 +32,7 @@ from reformer_ext.diagnostics import (
     spaced_queries,
 )
 from reformer_ext.generate import load_model
-from reformer_ext.nn import ReformerConfig, ReformerLM
+from reformer_ext.nn import Reformer, ReformerConfig, ReformerEncoderDecoder, ReformerLM
 
 # Without head dimensions, layouts and dropout, of which the candidates know nothing.
 CASES = [
@@ -444,6 +444,39 @@ def test_inspect_model_looks_at_what_the_layers_attend_with(
         assert report.occupancy.chunk_size == 8
         distinct = (slot_counts(case, tensors).cumsum(dim=2) > 0).sum(dim=-1)
         assert torch.equal(report.collisions.distinct, distinct)
+
+
+def test_inspect_model_of_a_decoder() -> None:
+    config = small_model(layers=("lsh", "local", "full")).config
+    encoder = dataclasses.replace(config, layers=("lsh",), causal=False)
+    model = ReformerEncoderDecoder(encoder, config, ("full", "lsh", "full")).double()
+    source, tokens = torch.randint(256, (2, 50)), torch.randint(256, (2, 77))
+    padding = torch.arange(50) >= torch.tensor([[50], [20]])
+    context = model.eval().encode(source, source_padding_mask=padding)
+    reports = inspect_model(
+        model.decoder, tokens, context=context, context_padding_mask=padding, n_queries=20
+    )
+    assert [report.kind for report in reports] == ["lsh", "local", "full"]
+    # The first layer sees the embeddings alone, as that of a model without cross-attention.
+    alone = Reformer(config).double()
+    weights = {
+        name.replace(".f.attention.", ".f.", 1): weight
+        for name, weight in model.decoder.state_dict().items()
+        if ".f.cross." not in name
+    }
+    alone.load_state_dict(weights)
+    expected = inspect_model(alone, tokens, n_queries=20)
+    torch.testing.assert_close(reports[0].mass.mass, expected[0].mass.mass, equal_nan=True)
+    assert not torch.allclose(reports[1].mass.mass, expected[1].mass.mass, equal_nan=True)
+    assert len(inspect_model(model.encoder, source)) == 1
+    for other, options in (
+        (model.decoder, {}),
+        (model.decoder, {"context_padding_mask": padding}),
+        (model.encoder, {"context": context}),
+        (model.encoder, {"context_padding_mask": padding}),
+    ):
+        with pytest.raises(ValueError, match="inspect_model: expected context to be given for the"):
+            inspect_model(other, tokens, **options)
 
 
 def test_inspect_model_leaves_no_trace() -> None:

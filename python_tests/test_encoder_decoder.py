@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import json
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,13 @@ import torch.nn.functional as F
 from conftest import gpu
 from test_reversible import saved_bytes
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import reformer_ext
 from reformer_ext import ops, reference
+from reformer_ext.generate import Sampling, generate_from_source
 from reformer_ext.nn import (
+    EncoderDecoderCache,
     FullCrossAttention,
     LSHCrossAttention,
     ReformerConfig,
@@ -538,6 +543,209 @@ def test_inference_compiles_without_graph_breaks() -> None:
             torch.testing.assert_close(compiled(source, tokens), model(source, tokens))
 
 
+# Decoding
+
+
+def decoding_model(**fields: object) -> ReformerEncoderDecoder:
+    """With weights large enough that attention matters, and LSH buckets in one chunk: a forward
+    pass sees what decoding does."""
+    options = {"chunk_size": 64, "n_buckets": 6, "same_bucket": True, "initializer_range": 0.3}
+    return models("full", **{**options, **fields})[0].eval()
+
+
+def continued(
+    model: ReformerEncoderDecoder,
+    cache: EncoderDecoderCache,
+    source: Tensor,
+    tokens: Tensor,
+    pieces: list[int],
+    **masks: Tensor,
+) -> Tensor:
+    """Logits of the tokens given to the cache piece by piece."""
+    first, *rest = tokens.split(pieces, dim=1)
+    with torch.no_grad():
+        parts = [model(source, first, cache=cache, **masks)]
+        parts += [model(None, part, cache=cache) for part in rest]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("positions", ["rotary", "axial", "absolute"])
+def test_cached_logits_are_the_teacher_forced(positions: str, device: str) -> None:
+    model = decoding_model(positions=positions).to(device)
+    source, tokens = batch()["source"].to(device), torch.randint(40, (2, 30), device=device)
+    padding = batch()["source_padding_mask"].to(device)
+    with torch.no_grad():
+        expected = model(source, tokens, source_padding_mask=padding)
+    cache = model.new_cache(2, 40, 25, window=64)
+    for pieces in ([30], [1] * 30, [5, 17, 1, 7]):
+        got = continued(model, cache, source, tokens, pieces, source_padding_mask=padding)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        assert cache.lengths.tolist() == [30, 30]
+        cache.reset()
+    # Another source in the same buffers, of which nothing of the last is seen.
+    buffers = [buffer.data_ptr() for buffer in cache.buffers()]
+    with torch.no_grad():
+        expected = model(source[:, :4], tokens)
+    got = continued(model, cache, source[:, :4], tokens, [20, 10])
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    assert buffers == [buffer.data_ptr() for buffer in cache.buffers()]
+
+
+def test_a_step_does_not_run_the_encoder_nor_project_the_source() -> None:
+    model = decoding_model()
+    calls = []
+    model.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
+    for layer in model.modules():
+        if isinstance(layer, FullCrossAttention):
+            layer.context_proj.register_forward_hook(lambda *_: calls.append("projection"))
+    data = batch()
+    cache = model.new_cache(2, 40, 21)
+    continued(model, cache, data["source"], data["tokens"], [3, *[1] * 10])
+    assert calls == ["encoder", *["projection"] * 3]
+
+
+def test_padded_prompts_and_a_source_of_padding_alone() -> None:
+    model = decoding_model()
+    data = batch()
+    data["source_padding_mask"][1] = True
+    more = torch.randint(40, (2, 7))
+    cache = model.new_cache(2, 40, 21, window=64)
+    with torch.no_grad():
+        model(**data, cache=cache)
+        later = model(None, more, cache=cache)
+        for row, length in enumerate((13, 6)):
+            alone = torch.cat([data["tokens"][row, :length], more[row]])[None]
+            masks = {"source_padding_mask": data["source_padding_mask"][row : row + 1]}
+            want = model(data["source"][row : row + 1], alone, **masks)[0, length:]
+            torch.testing.assert_close(later[row], want, rtol=1e-9, atol=1e-9)
+
+
+def test_reordered_pairs_go_on_as_their_originals() -> None:
+    model = decoding_model()
+    source, tokens = torch.randint(30, (3, 21)), torch.randint(40, (3, 30))
+    with torch.no_grad():
+        cache = model.new_cache(3, 40, 21, window=64)
+        model(source, tokens[:, :20], cache=cache)
+        cache.reorder([2, 0])
+        got = model(None, tokens[[2, 0], 20:], cache=cache)
+        expected = model(source, tokens)[[2, 0], 20:]
+    assert cache.batch == 2
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_greedy_decoding_is_that_of_the_whole_targets() -> None:
+    model = decoding_model()
+    source = torch.randint(30, (3, 21))
+    padding = torch.arange(21) >= torch.tensor([[21], [9], [1]])
+    start = torch.tensor([[1], [2], [3]])
+    masks = {"source_padding_mask": padding}
+    found = generate_from_source(model, source, start, 20, **masks)
+    tokens = start
+    with torch.no_grad():
+        for _ in range(20):
+            logits = model(source, tokens, **masks)[:, -1:]
+            tokens = torch.cat([tokens, logits.argmax(-1)], dim=1)
+    assert torch.equal(found, tokens[:, 1:])
+
+    # Those that end are filled up, and leave the batch; the others go on as before.
+    end = int(found[0, 3])
+    stopped = generate_from_source(model, source, start, 20, end=end, **masks)
+    for row, wanted in zip(stopped, found, strict=True):
+        places = (wanted == end).nonzero()
+        length = int(places[0]) if len(places) else 20
+        assert torch.equal(row[:length], wanted[: len(row)][:length])
+        assert (row[length:] == end).all()
+    assert (stopped[0] == end).sum() >= stopped.shape[1] - 3
+
+    hot = Sampling(temperature=1.0, top_k=10)
+    options = {"sampling": hot, **masks}
+    sampled = [generate_from_source(model, source, start, 9, seed=s, **options) for s in (0, 0, 1)]
+    assert torch.equal(sampled[0], sampled[1])
+    assert not torch.equal(sampled[0], sampled[2])
+
+
+def test_decoding_step_compiles_once() -> None:
+    model = decoding_model()
+    source, tokens = torch.randint(30, (2, 21)), torch.randint(40, (2, 30))
+    cache = model.new_cache(2, 40, 21, window=64)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        expected = model(source, tokens)
+        model(source, tokens[:, :20], cache=cache)
+        got = [step(None, tokens[:, t : t + 1], cache=cache) for t in range(20, 30)]
+    assert counter.frame_count == 1
+    torch.testing.assert_close(torch.cat(got, 1), expected[:, 20:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prompted", [torch.inference_mode, torch.no_grad])
+def test_cache_in_inference_mode_or_not(prompted: Callable[[], AbstractContextManager]) -> None:
+    model = decoding_model()
+    source, tokens = torch.randint(30, (2, 21)), torch.randint(40, (2, 30))
+    with torch.inference_mode():
+        cache = model.new_cache(2, 40, 21, window=64)
+    with prompted():
+        model(source, tokens[:, :9], cache=cache)
+        cache.reorder(torch.tensor([1]))
+    with torch.no_grad():
+        got = model(None, tokens[1:, 9:], cache=cache)
+        cache.reset()
+        expected = model(source[1:], tokens[1:])
+        torch.testing.assert_close(got, expected[:, 9:], rtol=1e-9, atol=1e-9)
+        again = model(source[1:], tokens[1:], cache=cache)
+    torch.testing.assert_close(again, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_cache_errors() -> None:
+    lsh = models(("full", "lsh", "full"))[0].eval()
+    for new_cache in (lsh.new_cache, lsh.decoder.new_cache):
+        with pytest.raises(ValueError, match=r"expected cross-attention 'full' in all .*'lsh'"):
+            new_cache(2, 40, 21)
+    model = decoding_model()
+    source, tokens = torch.randint(30, (2, 21)), torch.randint(40, (2, 13))
+    with pytest.raises(ValueError, match="expected source_capacity to be an integer >= 1, got 0"):
+        model.new_cache(2, 40, 0)
+    with pytest.raises(ValueError, match="new_cache: expected capacity to be an integer >= 1"):
+        model.new_cache(2, 0, 21)
+    with pytest.raises(ValueError, match="expected a source or its context, got none"):
+        model(None, tokens)
+    cache = model.new_cache(2, 40, 21)
+    with pytest.raises(RuntimeError, match=r"expected evaluation mode and torch\.no_grad"):
+        model(source, tokens, cache=cache)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="expected a source, got none"):
+            model(None, tokens, cache=cache)
+        with pytest.raises(ValueError, match="n_hashes is the cache's"):
+            model(source, tokens, n_hashes=3, cache=cache)
+        with pytest.raises(ValueError, match="expected a context of at most 21 positions, as the"):
+            model(source.repeat(1, 2), tokens, cache=cache)
+        with pytest.raises(ValueError, match="expected 2 sequences, got 1"):
+            model(source[:1], tokens[:1], cache=cache)
+        with pytest.raises(ValueError, match=r"expected context \[2, M, 24\], got \[1, 21, 24\]"):
+            model(source[:1], tokens, cache=cache)
+        with pytest.raises(ValueError, match="expected at most 40 positions, got 52 more after 0"):
+            model(source, tokens.repeat(1, 4), cache=cache)
+        with pytest.raises(TypeError, match="expected a cache from new_cache, got DecodingCache"):
+            model(source, tokens, cache=cache.decoder)
+        assert not cache.filled
+        model(source, tokens, cache=cache)
+        with pytest.raises(ValueError, match="expected no source after the prompt, got one"):
+            model(source, tokens, cache=cache)
+        with pytest.raises(ValueError, match="expected no source_padding_mask after the source"):
+            model(None, tokens, source_padding_mask=torch.zeros(2, 21).bool(), cache=cache)
+        with pytest.raises(ValueError, match="expected no key_padding_mask after the prompt"):
+            model(None, tokens, key_padding_mask=torch.zeros(2, 13).bool(), cache=cache)
+        assert cache.lengths.tolist() == [13, 13]
+        with pytest.raises(ValueError, match="expected a context or a cache, got both or none"):
+            FullCrossAttention(DIM, 2)(torch.ones(1, 3, DIM))
+    with pytest.raises(ValueError, match=r"expected prompt \[2, P\] of torch\.int64, got \[1, 1\]"):
+        generate_from_source(model, source, torch.tensor([[1]]), 5)
+    with pytest.raises(ValueError, match="expected length >= 1, got 0"):
+        generate_from_source(model, source, tokens, 0)
+
+
 # Errors
 
 
@@ -577,6 +785,18 @@ def test_operator_errors() -> None:
         attend(q, k[:, :1], k)
     with pytest.raises(RuntimeError, match=r"expected v \[2, 2, 7, 8\], as k, got \[2, 2, 5, 8\]"):
         attend(q, k, q)
+    with pytest.raises(
+        RuntimeError, match=r"expected k of dtype torch\.float32, as q, got torch\.float64"
+    ):
+        attend(q, k.double(), k.double())
+    with pytest.raises(
+        RuntimeError, match=r"expected v of dtype torch\.bfloat16, as q, got torch\.float32"
+    ):
+        attend(q.bfloat16(), k.bfloat16(), k)
+    with pytest.raises(RuntimeError, match="lsh_cross_attention: expected v on cpu, as q, got met"):
+        attend(q, k, k.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(q, k.bfloat16(), k).dtype == torch.bfloat16
     mask = torch.zeros(2, 5, dtype=torch.bool)
     with pytest.raises(RuntimeError, match=r"expected key_padding_mask \[2, 7\] .*\[2, 5\]"):
         attend(q, k, k, key_padding_mask=mask)

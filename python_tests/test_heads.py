@@ -137,6 +137,55 @@ def test_question_answering_never_answers_with_padding() -> None:
     torch.testing.assert_close(loss, torch.stack(terms).mean())
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_packed_sequences_are_those_alone(as_tensor: bool) -> None:
+    """Values, losses and gradients; the third sequence is empty."""
+    lengths = [19, 11, 0, 1, 11]
+    ends = [0, 19, 30, 30, 31, 42]
+    cu_seqlens = torch.tensor(ends) if as_tensor else ends
+    packed = torch.randint(40, (1, 42))
+    sequences = [part for part in packed.split(lengths, dim=1) if part.shape[1]]
+
+    model = ReformerForSequenceClassification(small_config(), 3).double().eval()
+    logits = model(packed, cu_seqlens=cu_seqlens)
+    alone = torch.cat([model(sequence) for sequence in sequences])
+    torch.testing.assert_close(logits[[0, 1, 3, 4]], alone)
+    torch.testing.assert_close(logits[2], model.head.bias)
+    labels = torch.tensor([2, 0, -100, 1, 1])
+    loss = model.loss(packed, labels, cu_seqlens=cu_seqlens)
+    expected = F.cross_entropy(alone, labels[[0, 1, 3, 4]])
+    torch.testing.assert_close(loss, expected)
+    grads = [torch.autograd.grad(x, list(model.parameters())) for x in (loss, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-10)
+
+    answers = ReformerForQuestionAnswering(small_config()).double().eval()
+    found = answers(packed, cu_seqlens=cu_seqlens)
+    spans = [answers(sequence) for sequence in sequences]
+    for side in range(2):
+        torch.testing.assert_close(found[side], torch.cat([span[side] for span in spans], dim=1))
+    targets = torch.tensor([3, 0, -100, 0, 10]), torch.tensor([18, 10, -100, 0, -100])
+    loss = answers.loss(packed, *targets, cu_seqlens=cu_seqlens)
+    sides = []
+    for side in range(2):
+        of_side = targets[side][[0, 1, 3, 4]]
+        losses = [
+            F.cross_entropy(span[side], target[None])
+            for span, target in zip(spans, of_side, strict=True)
+            if target >= 0
+        ]
+        sides.append(torch.stack(losses).mean())
+    expected = torch.stack(sides).mean()
+    torch.testing.assert_close(loss, expected)
+    grads = [torch.autograd.grad(x, list(answers.parameters())) for x in (loss, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-10)
+
+    for head, wanted in ((model, [labels]), (answers, targets)):
+        with pytest.raises(ValueError, match="expected cu_seqlens to end at the total length, 42"):
+            head.loss(packed, *wanted, cu_seqlens=[0, 41])
+        with pytest.raises(ValueError, match=r"expected (labels|starts) \[2\], got \[5\]"):
+            head.loss(packed, *wanted, cu_seqlens=[0, 20, 42])
+
+
 @pytest.mark.parametrize("index", range(4))
 def test_padding_is_not_read(index: int) -> None:
     model = models(layers=("local", "lsh", "full"))[index].double().eval()

@@ -7,6 +7,7 @@ import doctest
 import importlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -598,16 +599,50 @@ def test_compiled_hash_rotations_are_the_same_bits() -> None:
         assert torch.equal(compiled(torch.tensor([step])), draw(torch.tensor([step])))
 
 
-@pytest.mark.parametrize("positions", ["rotary", "axial", "absolute"])
-def test_export(positions: str) -> None:
-    config = small_config(n_buckets=8, positions=positions, max_length=128)
-    model = ReformerLM(config).double().eval()
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"positions": "axial", "length_multiple": 12},
+        {"positions": "absolute", "ff_chunk_size": 7, "same_bucket": True},
+        {"layers": ("full", "lsh"), "full_shared_qk": True, "correct_duplicates": True},
+        {"local_wrap": True, "causal": False, "length_multiple": 16, "streams": "concat"},
+    ],
+    ids=["rotary", "axial-multiple", "absolute-chunks", "full", "wrap-multiple"],
+)
+def test_export(fields: dict[str, object], masked: bool) -> None:
+    """With a dynamic length; the example length must not show in the graph."""
+    model = ReformerLM(small_config(n_buckets=8, **fields)).double().eval()
     length = torch.export.Dim("length", min=2, max=128)
+
+    def inputs(n: int) -> tuple[tuple[Tensor], dict[str, Tensor]]:
+        mask = {"key_padding_mask": random_mask(2, n)} if masked else {}
+        return (torch.randint(256, (2, n)),), mask
+
+    example, mask = inputs(24)
+    shapes = {"tokens": {1: length}, **{name: {1: length} for name in mask}}
+    program = torch.export.export(model, example, mask, dynamic_shapes=shapes).module()
+    for n in (24, 101, 128, 2):
+        args, kwargs = inputs(n)
+        torch.testing.assert_close(program(*args, **kwargs), model(*args, **kwargs))
+
+
+def test_export_needs_a_number_of_buckets() -> None:
+    """Unless all lengths of the range have the same."""
+    model = ReformerLM(small_config()).double().eval()
     tokens = torch.randint(256, (2, 24))
-    program = torch.export.export(model, (tokens,), dynamic_shapes=({1: length},))
-    for length_now in (24, 101):
-        tokens = torch.randint(256, (2, length_now))
-        torch.testing.assert_close(program.module()(tokens), model(tokens))
+
+    def export(least: int, most: int) -> Callable[[Tensor], Tensor]:
+        shapes = ({1: torch.export.Dim("length", min=least, max=most)},)
+        return torch.export.export(model, (tokens,), dynamic_shapes=shapes).module()
+
+    for least, most in ((2, 128), (16, 32), (15, 31)):
+        with pytest.raises(ValueError, match=r"default_n_buckets: expected n_buckets to be given"):
+            export(least, most)
+    torch.testing.assert_close(export(16, 31)(tokens), model(tokens))
+    fixed = torch.export.export(model, (tokens,)).module()
+    torch.testing.assert_close(fixed(tokens), model(tokens))
 
 
 @pytest.mark.gpu

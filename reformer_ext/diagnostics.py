@@ -38,6 +38,7 @@ from .nn import (
     ReformerLM,
     apply_rotary,
 )
+from .nn.encoder_decoder import _DecoderAttentionBlock
 from .reference import NORM_EPS
 
 __all__ = [
@@ -388,6 +389,8 @@ def inspect_model(
     *,
     key_padding_mask: Tensor | None = None,
     n_hashes: int | None = None,
+    context: Tensor | None = None,
+    context_padding_mask: Tensor | None = None,
     n_queries: int = 256,
     top_k: int = 16,
 ) -> tuple[LayerReport, ...]:
@@ -397,10 +400,13 @@ def inspect_model(
     its mode, its hooks, the count of its hashes, torch's random numbers.
 
     Args:
-        model: a Reformer, or a language model around one.
+        model: a Reformer, or a language model around one. Of a
+            :class:`~reformer_ext.nn.ReformerEncoderDecoder`, its ``encoder`` or ``decoder``.
         tokens, key_padding_mask, n_hashes: as in :meth:`Reformer.forward`. More rounds than the
             model was trained with show what they would capture; each number of rounds draws its
             own hash.
+        context, context_padding_mask: of a decoder: what ``encode`` returned, and the padding of
+            the source. Its self-attention is looked at.
         n_queries: at most how many queries of each sequence to look at.
         top_k: as in :func:`captured_mass`.
 
@@ -415,6 +421,16 @@ def inspect_model(
         raise ValueError(
             f"inspect_model: expected a Reformer or ReformerLM, got {type(model).__name__}"
         )
+    of_context = {"context": context, "context_padding_mask": context_padding_mask}
+    of_context = {name: tensor for name, tensor in of_context.items() if tensor is not None}
+    is_decoder = any(isinstance(module, _DecoderAttentionBlock) for module in reformer.modules())
+    _check(
+        "inspect_model",
+        "context",
+        is_decoder == (context is not None) and (is_decoder or not of_context),
+        "given for the decoder of a ReformerEncoderDecoder, and for no other model",
+        type(reformer).__name__ + (" without" if context is None else " with") + " context",
+    )
     _check("inspect_model", "n_queries", n_queries >= 1, "at least 1", n_queries)
     _check("inspect_model", "top_k", top_k >= 1, "at least 1", top_k)
     reports: list[LayerReport] = []
@@ -441,7 +457,7 @@ def inspect_model(
     try:
         reformer.eval()
         with torch.no_grad():
-            reformer(tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes)
+            reformer(tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes, **of_context)
     finally:
         for module, training in modes:
             module.training = training

@@ -1,4 +1,4 @@
-"""Text from a trained byte-level model, one byte at a time, at a constant cost a byte."""
+"""Text from a trained model, one byte or token at a time, at a constant cost a byte."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checkpoint import CheckpointError, load_checkpoint
-from .nn import DecodingCache, ReformerConfig, ReformerLM
+from .nn import DecodingCache, ReformerConfig, ReformerEncoderDecoder, ReformerLM
 from .ops import default_n_buckets
 
-__all__ = ["Sampling", "autocast", "generate", "generate_batch", "load_model", "sample"]
+__all__ = [
+    "Sampling",
+    "autocast",
+    "generate",
+    "generate_batch",
+    "generate_from_source",
+    "load_model",
+    "sample",
+]
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,73 @@ def generate_batch(
                 if token is not None:
                     text.append(token)
     return [bytes(text) for text in texts]
+
+
+def generate_from_source(
+    model: ReformerEncoderDecoder,
+    source: Tensor,
+    prompt: Tensor,
+    length: int,
+    *,
+    end: int | None = None,
+    source_padding_mask: Tensor | None = None,
+    sampling: Sampling = Sampling(temperature=0.0),
+    seed: int = 0,
+) -> Tensor:
+    """The targets of an encoder-decoder with full cross-attention, greedy by default.
+
+    The source is encoded once; every token takes one step on a cache. Sequences that end leave the
+    batch.
+
+    Args:
+        model: in evaluation mode.
+        source, source_padding_mask: as in :meth:`ReformerEncoderDecoder.forward`.
+        prompt: int64 ``(B, P)``, how the targets begin, such as a start token.
+        length: how many tokens to generate at most.
+        end: the token that ends a target.
+        sampling: how each token is drawn.
+        seed: of the sampling, plus i for pair i.
+
+    Returns:
+        int64 ``(B, n)`` without the prompt, n at most length; ``end`` from the end of a target on.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    batch = source.shape[0]
+    if prompt.dim() != 2 or prompt.shape[0] != batch or prompt.dtype != torch.int64:
+        raise ValueError(
+            f"generate_from_source: expected prompt [{batch}, P] of torch.int64, "
+            f"got {list(prompt.shape)} of {prompt.dtype}"
+        )
+    if length < 1:
+        raise ValueError(f"generate_from_source: expected length >= 1, got {length}")
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
+    texts: list[list[int]] = prompt.tolist()
+    running = list(range(batch))
+    with torch.inference_mode():
+        cache = model.new_cache(batch, prompt.shape[1] + length, source.shape[1])
+        hidden = model.decode(
+            prompt,
+            model.encode(source, source_padding_mask=source_padding_mask),
+            source_padding_mask=source_padding_mask,
+            cache=cache,
+        )
+        for _ in range(length):
+            logits = F.linear(hidden[:, -1], model.output_weight, model.output_bias).float().cpu()
+            for row, i in zip(logits, running, strict=True):
+                texts[i].append(sample(row, sampling, generators[i], texts[i]))
+            going = [k for k, i in enumerate(running) if texts[i][-1] != end]
+            if not going or len(texts[running[0]]) == prompt.shape[1] + length:
+                break
+            if len(going) < len(running):
+                cache.reorder(going)
+                running = [running[k] for k in going]
+            last = torch.tensor([[texts[i][-1]] for i in running], device=source.device)
+            hidden = model.decode(last, cache=cache)
+    longest = max(map(len, texts))
+    filled = [text + [end or 0] * (longest - len(text)) for text in texts]
+    return torch.tensor(filled, device=source.device)[:, prompt.shape[1] :]
 
 
 def _check(model: ReformerLM, length: int, stop: Sequence[bytes]) -> None:

@@ -41,8 +41,11 @@ def default_n_buckets(length: int, chunk_size: int = 64) -> list[int]:
 
     The number is the power of two at or below that. The work of hashing follows the sum of the
     factors, so numbers above 64 are split into near-equal powers of two of at most 64:
-    65,536 positions in chunks of 64 give ``[32, 64]``. Raises ValueError if either is below 1.
+    65,536 positions in chunks of 64 give ``[32, 64]``. Raises ValueError if either is below 1, and
+    in ``torch.export`` for a length whose range has more than one answer: a graph has one.
     """
+    if exports_any(length):
+        return _default_factors(_exported_bits(length, chunk_size))
     if length < 1 or chunk_size < 1:
         raise ValueError(
             f"default_n_buckets: expected length and chunk_size >= 1, got {length} and {chunk_size}"
@@ -50,6 +53,30 @@ def default_n_buckets(length: int, chunk_size: int = 64) -> list[int]:
     bits = 1
     while (chunk_size << bits) <= length:
         bits += 1
+    return _default_factors(bits)
+
+
+def _exported_bits(length: int, chunk_size: int) -> int:
+    """As :func:`default_n_buckets`, for all lengths of a dynamic dimension."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    for bits in range(1, 63):
+        enough = bits == 1 or statically_known_true((chunk_size << (bits - 1)) <= length)
+        if enough and statically_known_true((chunk_size << bits) > length):
+            return bits
+    raise ValueError(
+        "default_n_buckets: expected n_buckets to be given where torch.export makes the length "
+        f"dynamic, since their default number follows the length; got n_buckets None for {length}"
+    )
+
+
+def exports_any(length: int) -> bool:
+    """Whether ``torch.export`` is tracing a graph for any such length, which must not depend on
+    it."""
+    return torch.compiler.is_exporting() and isinstance(length, torch.SymInt)
+
+
+def _default_factors(bits: int) -> list[int]:
     n_factors = -(-bits // _MAX_FACTOR_BITS)
     small, larger = divmod(bits, n_factors)
     return [1 << small] * (n_factors - larger) + [1 << (small + 1)] * larger
@@ -81,9 +108,11 @@ def sample_rotations(
     """
     columns = sum(_factors("sample_rotations", n_buckets)) // 2
     draw_device = generator.device if generator is not None else device
-    rotations = torch.randn(
-        n_heads, head_dim, n_hashes, columns, generator=generator, device=draw_device
-    )
+    shape = (n_heads, head_dim, n_hashes, columns)
+    if generator is None:  # this overload takes symbolic sizes
+        rotations = torch.randn(shape, device=draw_device)
+    else:
+        rotations = torch.randn(shape, generator=generator, device=draw_device)
     return rotations.to(torch.bfloat16).to(device=device or draw_device, dtype=dtype)
 
 
@@ -342,8 +371,8 @@ def lsh_cross_attention(
 
     Args:
         q: ``(B, H, Lq, D)``.
-        k: ``(B, H, Lk, D)``.
-        v: the same shape as k.
+        k: ``(B, H, Lk, D)``, of q's dtype (but under autocast).
+        v: the same shape and dtype as k.
         n_hashes: rounds R; ignored with ``rotations`` or ``buckets``, which bring their own.
         chunk_size: rows of the joint list in a chunk.
         n_buckets: an even number, or a list of even factors; default :func:`default_n_buckets` of
@@ -378,6 +407,16 @@ def lsh_cross_attention(
         raise RuntimeError(
             f"lsh_cross_attention: expected v {list(k.shape)}, as k, got {list(v.shape)}"
         )
+    for name, x in (("k", k), ("v", v)):
+        if x.device != q.device:
+            raise RuntimeError(
+                f"lsh_cross_attention: expected {name} on {q.device}, as q, got {x.device}"
+            )
+        # Autocast brings them to one dtype; else the concatenation below would, unasked.
+        if x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+            raise RuntimeError(
+                f"lsh_cross_attention: expected {name} of dtype {q.dtype}, as q, got {x.dtype}"
+            )
     query_padding = _padding(
         "lsh_cross_attention: expected query_padding_mask", q, query_padding_mask
     )

@@ -78,6 +78,7 @@ __global__ __launch_bounds__(kClusterLaunchBound) void cluster_kernel(const int3
                                                                       int32_t* order, int length,
                                                                       int n_buckets) {
 #if __CUDA_ARCH__ >= 900
+  overlap_neighbours();
   extern __shared__ __align__(16) uint32_t shared[];
   const auto cluster = cooperative_groups::this_cluster();
   const int blocks = cluster.num_blocks();
@@ -103,18 +104,9 @@ cudaError_t launch_cluster(const BucketSortParams& params, int cluster, cudaStre
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(params.segments * cluster);
-  config.blockDim = kClusterThreads;
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, params.buckets, params.order,
-                            static_cast<int>(params.length), n_buckets);
+  const dim3 grid(static_cast<unsigned>(params.segments * cluster));
+  return launch_overlapped(kernel, {grid, kClusterThreads, bytes, cluster}, stream, params.buckets,
+                           params.order, params.length, n_buckets);
 }
 
 cudaError_t cluster_sort(const BucketSortParams& params, int cluster, cudaStream_t stream) {
@@ -140,6 +132,7 @@ __global__ __launch_bounds__(kTileThreads) void histogram_kernel(MakePass make_p
                                                                  uint32_t* histograms,
                                                                  int64_t length, int tiles,
                                                                  int bins) {
+  overlap_neighbours();
   extern __shared__ __align__(16) uint32_t counts[];
   const auto pass = make_pass(blockIdx.x / tiles);
   const Tile tile = tile_at<kItems>(blockIdx.x % tiles, length);
@@ -160,6 +153,7 @@ __global__ __launch_bounds__(kTileThreads) void histogram_kernel(MakePass make_p
 constexpr int kScanThreads = 1024;
 __global__ __launch_bounds__(kScanThreads) void scan_kernel(uint32_t* histograms, int tiles,
                                                             int bins, int columns) {
+  overlap_neighbours();
   __shared__ uint32_t sums[kScanThreads], first_slot[kScanThreads], scratch[kScratchWords];
   uint32_t* segment = histograms + int64_t{blockIdx.x} * tiles * bins;
   const int rows = kScanThreads / columns, row = threadIdx.x / columns,
@@ -223,6 +217,7 @@ template <class MakePass, int kItems, bool kBallots>
 __global__ __launch_bounds__(kTileThreads,
                              2) void scatter_kernel(MakePass make_pass, const uint32_t* slots,
                                                     int64_t length, int tiles, int bins) {
+  overlap_neighbours();
   extern __shared__ __align__(16) uint32_t shared[];
   const auto pass = make_pass(blockIdx.x / tiles);
   const Tile tile = tile_at<kItems>(blockIdx.x % tiles, length);
@@ -292,23 +287,26 @@ cudaError_t run_pass(const MakePass& make_pass, uint32_t* histograms, int64_t se
   const int tiles = tiles_of(length, kItems);
   const int64_t blocks = segments * tiles;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  const auto grid = static_cast<unsigned>(blocks);
+  const dim3 grid(static_cast<unsigned>(blocks)), segment_grid(static_cast<unsigned>(segments));
   const int staged =
       kTileThreads * kItems * static_cast<int>(sizeof(typename MakePass::Pass::Word));
   const int bytes = TileMemory(kTileThreads / 32, staged, bins).bytes();
   const auto scatter = scatter_kernel<MakePass, kItems, kBallots>;
-  const cudaError_t error =
+  cudaError_t error =
       cudaFuncSetAttribute(scatter, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   int columns = 32;
   while (columns < bins && columns < kScanThreads) columns *= 2;
 
-  histogram_kernel<MakePass, kItems><<<grid, kTileThreads, bins * sizeof(uint32_t), stream>>>(
-      make_pass, histograms, length, tiles, bins);
-  scan_kernel<<<static_cast<unsigned>(segments), kScanThreads, 0, stream>>>(histograms, tiles, bins,
-                                                                            columns);
-  scatter<<<grid, kTileThreads, bytes, stream>>>(make_pass, histograms, length, tiles, bins);
-  return cudaGetLastError();
+  error = launch_overlapped(histogram_kernel<MakePass, kItems>,
+                            {grid, kTileThreads, bins * int64_t{sizeof(uint32_t)}}, stream,
+                            make_pass, histograms, length, tiles, bins);
+  if (error != cudaSuccess) return error;
+  error = launch_overlapped(scan_kernel, {segment_grid, kScanThreads}, stream, histograms, tiles,
+                            bins, columns);
+  if (error != cudaSuccess) return error;
+  return launch_overlapped(scatter, {grid, kTileThreads, bytes}, stream, make_pass, histograms,
+                           length, tiles, bins);
 }
 
 // ---- Choice

@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-#include "device_traits.cuh"
+#include "launch.cuh"
 
 namespace reformer::kernels::sort {
 

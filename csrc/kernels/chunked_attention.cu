@@ -1,5 +1,5 @@
 // Entry points of chunked attention, and the stages around the main kernels. All of these stages
-// are bound by memory: eight lanes share a position and move its row in pieces of 16 bytes.
+// are bound by memory: four or eight lanes share a position and move its row in pieces of 16 bytes.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -9,13 +9,14 @@
 
 #include "chunked_attention.h"
 #include "chunked_attention_stages.h"
+#include "launch.cuh"
 #include "mma.cuh"
 
 namespace reformer::kernels {
 namespace {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr int kThreads = 256, kLanes = 8;  // lanes per position
+constexpr int kThreads = 256;
 
 using Words = uint4;  // 16 bytes of a row, as loaded
 
@@ -63,6 +64,7 @@ struct Piece {
 };
 
 // The sum over the lanes of a position.
+template <int kLanes>
 __device__ __forceinline__ float sum_lanes(float x) {
 #pragma unroll
   for (int offset = kLanes / 2; offset > 0; offset /= 2)
@@ -70,8 +72,9 @@ __device__ __forceinline__ float sum_lanes(float x) {
   return x;
 }
 
-// The position eight lanes work on: a block's are of one head, blockIdx.y of the group. Lanes
+// The position kLanes lanes work on: a block's are of one head, blockIdx.y of the group. Lanes
 // beyond the last position repeat it, so that shuffles stay whole.
+template <int kLanes>
 struct Position {
   int64_t index;  // within the group: head * L + l
   int64_t head, l, batch, head_in_batch;
@@ -109,23 +112,24 @@ struct Position {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ float key_scale_of(const T* q, int head_dim, int lane) {
-  float sum = 0;
-  for (int d = lane * Piece<T>::kSize; d < head_dim; d += kLanes * Piece<T>::kSize) {
-    const Piece<T> piece(q + d);
-    sum += piece.dot(piece);
-  }
-  const float norm = sqrtf(sum_lanes(sum));
+__device__ __forceinline__ float key_scale_of(float squared_norm) {
+  const float norm = sqrtf(squared_norm);
   return 1 / (norm < kMinKeyNorm ? kMinKeyNorm : norm);  // NaN stays NaN
 }
 
-template <typename T>
+template <typename T, int kLanes>
 __global__ void key_scale_kernel(const __grid_constant__ ChunkedAttentionParams params,
                                  int64_t head_begin, float* key_scale) {
-  const Position position(params, head_begin);
-  const float scale =
-      key_scale_of(position.row<T>(params.q), static_cast<int>(params.head_dim), position.lane);
+  overlap_neighbours();
+  const Position<kLanes> position(params, head_begin);
+  const T* q = position.template row<T>(params.q);
+  float square = 0;
+  for (int d = position.lane * Piece<T>::kSize; d < params.head_dim;
+       d += kLanes * Piece<T>::kSize) {
+    const Piece<T> piece(q + d);
+    square += piece.dot(piece);
+  }
+  const float scale = key_scale_of(sum_lanes<kLanes>(square));
   if (position.real && position.lane == 0) key_scale[position.index] = scale;
 }
 
@@ -145,17 +149,18 @@ __global__ void chunk_numbers_kernel(const __grid_constant__ ChunkedAttentionPar
 
 // out = sum of the rounds' outputs weighted by exp(their lse - the total lse). Rounds are taken in
 // batches, each loaded before any of it is used, with weights relative to the largest lse so far.
-template <typename T>
+template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const __grid_constant__ ChunkedAttentionParams params,
                    const __grid_constant__ ForwardStage stage) {
   constexpr int kBatch = 8;
-  const Position position(params, stage.head_begin);
+  overlap_neighbours();
+  const Position<kLanes> position(params, stage.head_begin);
   if (!position.real) return;
   const int rounds = static_cast<int>(params.rounds), head_dim = static_cast<int>(params.head_dim);
   const float* partial_lse =
       stage.partial_lse + position.head * rounds * params.length + position.l;
-  const T* partial_out = position.partial<T>(stage.partial_out, params);
+  const T* partial_out = position.template partial<T>(stage.partial_out, params);
   const int64_t stride = params.length * head_dim;
 
   for (int d = position.lane * Piece<T>::kSize; d < head_dim; d += kLanes * Piece<T>::kSize) {
@@ -192,9 +197,9 @@ __global__ void __launch_bounds__(kThreads)
     if (has_key) {
       row.scale(1 / sum);
     } else if (self_only) {
-      row = Piece<T>(position.row<T>(params.v) + d);
+      row = Piece<T>(position.template row<T>(params.v) + d);
     }
-    row.store(position.row<T>(params.out) + d);
+    row.store(position.template row<T>(params.out) + d);
     if (d == 0) {
       params.lse[stage.head_begin * params.length + position.index] =
           self_only ? kSelfOnlyLse
@@ -204,32 +209,34 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T>
+template <typename T, int kLanes>
 __global__ void row_stats_kernel(const __grid_constant__ ChunkedAttentionBackwardParams params,
                                  int64_t head_begin, RowStats* row_stats) {
-  const Position position(params, head_begin);
+  overlap_neighbours();
+  const Position<kLanes> position(params, head_begin);
   const int head_dim = static_cast<int>(params.head_dim);
-  const T* grad_out = position.row<T>(params.grad_out);
-  const T* out = position.row<T>(params.out);
-  float delta = 0;
-  for (int d = position.lane * Piece<T>::kSize; d < head_dim; d += kLanes * Piece<T>::kSize) {
-    delta += Piece<T>(grad_out + d).dot(Piece<T>(out + d));
-  }
-  delta = sum_lanes(delta);
-  const float key_scale = params.k.data == nullptr
-                              ? key_scale_of(position.row<T>(params.q), head_dim, position.lane)
-                              : 1;
-  if (!position.real || position.lane != 0) return;
-
+  const bool shared_qk = params.k.data == nullptr;
+  const T* grad_out = position.template row<T>(params.grad_out);
+  const T* out = position.template row<T>(params.out);
+  const T* q = position.template row<T>(params.q);
   const int64_t row = head_begin * params.length + position.index;
   const float lse = params.lse[row];
-  if (params.grad_lse != nullptr) delta -= params.grad_lse[row];
+  const float grad_lse = params.grad_lse == nullptr ? 0 : params.grad_lse[row];
+  const bool is_padding = position.is_padding(params);
+
+  float delta = 0, square = 0;
+  for (int d = position.lane * Piece<T>::kSize; d < head_dim; d += kLanes * Piece<T>::kSize) {
+    const Piece<T> grad_out_piece(grad_out + d), out_piece(out + d);
+    const Piece<T> q_piece = shared_qk ? Piece<T>(q + d) : Piece<T>();
+    delta += grad_out_piece.dot(out_piece);
+    square += q_piece.dot(q_piece);
+  }
   RowStats stats;
   stats.lse = lse == -INFINITY || lse == kSelfOnlyLse ? INFINITY : lse * kLog2e;
-  stats.delta = delta;
-  stats.key_scale = key_scale;
-  stats.is_padding = position.is_padding(params) ? 1 : 0;
-  row_stats[position.index] = stats;
+  stats.delta = sum_lanes<kLanes>(delta) - grad_lse;
+  stats.key_scale = shared_qk ? key_scale_of(sum_lanes<kLanes>(square)) : 1;
+  stats.is_padding = is_padding ? 1 : 0;
+  if (position.real && position.lane == 0) row_stats[position.index] = stats;
 }
 
 template <typename T>
@@ -245,20 +252,21 @@ __device__ __forceinline__ Piece<T> sum_rounds(const T* partial, int64_t stride,
 // Sums the rounds' gradients, in their order. For shared QK the gradient of k = q / |q| goes
 // through the normalisation, dq += (dk - (dk . k) k) / |q|, unless the main kernel has done that
 // (no partial_k). A query that had nothing but itself passes its gradient on to its value.
-template <typename T>
+template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     reduce_kernel(const __grid_constant__ ChunkedAttentionBackwardParams params,
                   const __grid_constant__ BackwardStage stage) {
   constexpr int kStep = kLanes * Piece<T>::kSize, kPieces = 256 / kStep;
-  const Position position(params, stage.head_begin);
+  overlap_neighbours();
+  const Position<kLanes> position(params, stage.head_begin);
   const int rounds = static_cast<int>(params.rounds), head_dim = static_cast<int>(params.head_dim);
   const int64_t stride = params.length * head_dim;
   const int first = position.lane * Piece<T>::kSize;
   const bool shared_qk = params.k.data == nullptr;
 
   if (shared_qk && stage.partial_k != nullptr) {
-    const T* q = position.row<T>(params.q);
-    const T* partial_k = position.partial<T>(stage.partial_k, params);
+    const T* q = position.template row<T>(params.q);
+    const T* partial_k = position.template partial<T>(stage.partial_k, params);
     Piece<T> grad_k[kPieces];
     float dot = 0;
 #pragma unroll
@@ -268,12 +276,12 @@ __global__ void __launch_bounds__(kThreads)
       grad_k[i] = sum_rounds(partial_k + d, stride, rounds);
       dot += grad_k[i].dot(Piece<T>(q + d));
     }
-    dot = sum_lanes(dot);
+    dot = sum_lanes<kLanes>(dot);
     const float scale = stage.row_stats[position.index].key_scale;
     const float along =
         scale >= kMaxKeyScale ? 0 : dot * scale * scale;  // below eps the length is fixed
-    const T* partial_q = position.partial<T>(stage.partial_q, params);
-    T* grad_q = position.row<T>(params.grad_q);
+    const T* partial_q = position.template partial<T>(stage.partial_q, params);
+    T* grad_q = position.template row<T>(params.grad_q);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int d = first + i * kStep;
@@ -285,11 +293,11 @@ __global__ void __launch_bounds__(kThreads)
     }
   } else if (position.real) {
     for (int d = first; d < head_dim; d += kStep) {
-      sum_rounds(position.partial<T>(stage.partial_q, params) + d, stride, rounds)
-          .store(position.row<T>(params.grad_q) + d);
+      sum_rounds(position.template partial<T>(stage.partial_q, params) + d, stride, rounds)
+          .store(position.template row<T>(params.grad_q) + d);
       if (shared_qk) continue;
-      sum_rounds(position.partial<T>(stage.partial_k, params) + d, stride, rounds)
-          .store(position.row<T>(params.grad_k) + d);
+      sum_rounds(position.template partial<T>(stage.partial_k, params) + d, stride, rounds)
+          .store(position.template row<T>(params.grad_k) + d);
     }
   }
   if (!position.real) return;
@@ -297,9 +305,10 @@ __global__ void __launch_bounds__(kThreads)
   const bool self_only =
       params.lse[stage.head_begin * params.length + position.index] == kSelfOnlyLse;
   for (int d = first; d < head_dim; d += kStep) {
-    Piece<T> sum = sum_rounds(position.partial<T>(stage.partial_v, params) + d, stride, rounds);
-    if (self_only) sum.add(Piece<T>(position.row<T>(params.grad_out) + d));
-    sum.store(position.row<T>(params.grad_v) + d);
+    Piece<T> sum =
+        sum_rounds(position.template partial<T>(stage.partial_v, params) + d, stride, rounds);
+    if (self_only) sum.add(Piece<T>(position.template row<T>(params.grad_out) + d));
+    sum.store(position.template row<T>(params.grad_v) + d);
   }
 }
 
@@ -307,29 +316,33 @@ unsigned blocks_for(int64_t threads) {
   return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
 }
 
-// Of kernels that work on Positions.
-dim3 position_blocks(const ChunkedAttentionParams& params, int64_t head_count) {
-  return dim3(blocks_for(params.length * kLanes), static_cast<unsigned>(head_count));
-}
+int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// Runs f(T{}) for the element type.
-template <class F>
-cudaError_t dispatch(DType dtype, F f) {
-  switch (dtype) {
+// Launches, with a position of head_count heads to so many lanes, the kernel that
+// choose(element, lanes) gives for the element type and integral_constant<int, lanes>.
+template <class Choose, class... Args>
+cudaError_t launch_positions(const ChunkedAttentionParams& params, int64_t head_count,
+                             cudaStream_t stream, const Choose& choose, const Args&... args) {
+  const auto launch = [&](auto element, auto lanes) {
+    const dim3 grid(blocks_for(params.length * lanes), static_cast<unsigned>(head_count));
+    return launch_overlapped(choose(element, lanes), {grid, kThreads}, stream, args...);
+  };
+  const auto by_lanes = [&](auto element) {
+    constexpr int kPieceBytes = 16;
+    return params.head_dim * element_size(params.dtype) <= 4 * kPieceBytes
+               ? launch(element, std::integral_constant<int, 4>{})
+               : launch(element, std::integral_constant<int, 8>{});
+  };
+  switch (params.dtype) {
     case DType::f32:
-      f(float{});
-      return cudaGetLastError();
+      return by_lanes(float{});
     case DType::f16:
-      f(__half{});
-      return cudaGetLastError();
+      return by_lanes(__half{});
     case DType::bf16:
-      f(__nv_bfloat16{});
-      return cudaGetLastError();
+      return by_lanes(__nv_bfloat16{});
   }
   return cudaErrorInvalidValue;
 }
-
-int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 bool is_shared_qk(const ChunkedAttentionParams& params) { return params.k.data == nullptr; }
 
@@ -434,7 +447,6 @@ cudaError_t forward_heads(const ChunkedAttentionParams& params, bool sm90, int64
   ForwardStage& stage = workspace.stage;
   stage.head_begin = head_begin;
   stage.head_count = head_count;
-  const dim3 blocks = position_blocks(params, head_count);
 
   cudaError_t error = cudaSuccess;
   if (workspace.chunk_numbers != nullptr) {
@@ -442,17 +454,19 @@ cudaError_t forward_heads(const ChunkedAttentionParams& params, bool sm90, int64
     if (error != cudaSuccess) return error;
   }
   if (workspace.key_scale != nullptr) {
-    error = dispatch(params.dtype, [&](auto element) {
-      key_scale_kernel<decltype(element)>
-          <<<blocks, kThreads, 0, stream>>>(params, head_begin, workspace.key_scale);
-    });
+    const auto kernel = [](auto element, auto lanes) {
+      return key_scale_kernel<decltype(element), lanes()>;
+    };
+    error = launch_positions(params, head_count, stream, kernel, params, head_begin,
+                             workspace.key_scale);
     if (error != cudaSuccess) return error;
   }
   error = sm90 ? sm90_forward(params, stage, stream) : generic_forward(params, stage, stream);
   if (error != cudaSuccess) return error;
-  return dispatch(params.dtype, [&](auto element) {
-    combine_kernel<decltype(element)><<<blocks, kThreads, 0, stream>>>(params, stage);
-  });
+  const auto combine = [](auto element, auto lanes) {
+    return combine_kernel<decltype(element), lanes()>;
+  };
+  return launch_positions(params, head_count, stream, combine, params, stage);
 }
 
 cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm90,
@@ -461,23 +475,24 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm
   BackwardStage& stage = workspace.stage;
   stage.head_begin = head_begin;
   stage.head_count = head_count;
-  const dim3 blocks = position_blocks(params, head_count);
 
   cudaError_t error = cudaSuccess;
   if (workspace.chunk_numbers != nullptr) {
     error = number_chunks(params, head_begin, head_count, workspace.chunk_numbers, stream);
     if (error != cudaSuccess) return error;
   }
-  error = dispatch(params.dtype, [&](auto element) {
-    row_stats_kernel<decltype(element)>
-        <<<blocks, kThreads, 0, stream>>>(params, head_begin, workspace.row_stats);
-  });
+  const auto row_stats = [](auto element, auto lanes) {
+    return row_stats_kernel<decltype(element), lanes()>;
+  };
+  error = launch_positions(params, head_count, stream, row_stats, params, head_begin,
+                           workspace.row_stats);
   if (error != cudaSuccess) return error;
   error = sm90 ? sm90_backward(params, stage, stream) : generic_backward(params, stage, stream);
   if (error != cudaSuccess) return error;
-  return dispatch(params.dtype, [&](auto element) {
-    reduce_kernel<decltype(element)><<<blocks, kThreads, 0, stream>>>(params, stage);
-  });
+  const auto reduce = [](auto element, auto lanes) {
+    return reduce_kernel<decltype(element), lanes()>;
+  };
+  return launch_positions(params, head_count, stream, reduce, params, stage);
 }
 
 }  // namespace

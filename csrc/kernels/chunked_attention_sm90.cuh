@@ -7,7 +7,7 @@
 #pragma once
 
 #include "chunked_attention_stages.h"
-#include "device_traits.cuh"
+#include "launch.cuh"
 #include "wgmma.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -51,6 +51,7 @@ template <typename Element, int kHeadDim, bool kCausal>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     backward_kernel(const __grid_constant__ BackwardArgs<Element> args) {
 #ifdef REFORMER_SM90A
+  overlap_neighbours();
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   BackwardShared& shared = *reinterpret_cast<BackwardShared*>(shared_bytes);
   const Line& line = args.line;
@@ -228,8 +229,7 @@ cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid((line_chunks + run - 1) / run, static_cast<unsigned>(stage.head_count));
-  kernel<<<grid, kThreads, kSharedBytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch_overlapped(kernel, {grid, kThreads, kSharedBytes}, stream, args);
 }
 
 }  // namespace

@@ -42,12 +42,14 @@ struct BackwardShared {
   int position[kPositionRing][kTileRows];
   float dots[kWarpgroups][kTileRows];  // of rows of grad_k and q, over the warpgroup's columns
 };
+static_assert(sizeof(BackwardShared) <= 227 * 1024);
 static_assert(kWarps * kStagingBytes * kWarpgroups <= sizeof(WideTile));
 
 template <typename Element, bool kCausal>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     backward_kernel(const __grid_constant__ BackwardArgs<Element> args) {
 #ifdef REFORMER_SM90A
+  overlap_neighbours();
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   BackwardShared& shared = *reinterpret_cast<BackwardShared*>(shared_bytes);
   const Line& line = args.line;
@@ -289,8 +291,7 @@ cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid((line_chunks + run - 1) / run, static_cast<unsigned>(stage.head_count));
-  kernel<<<grid, kBlockThreads, kSharedBytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch_overlapped(kernel, {grid, kBlockThreads, kSharedBytes}, stream, args);
 }
 
 }  // namespace

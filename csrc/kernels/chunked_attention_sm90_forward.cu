@@ -93,8 +93,9 @@ __device__ __forceinline__ void exponentiate(Fragments& weights, float (&sums)[2
 
 // |q|^2 of the thread's two rows, from the scores of a chunk with itself; every lane of a quad gets
 // both.
-__device__ __forceinline__ void read_diagonal(float (&squares)[2], const Accumulator& scores,
-                                              uint32_t thread) {
+[[maybe_unused]] __device__ __forceinline__ void read_diagonal(float (&squares)[2],
+                                                               const Accumulator& scores,
+                                                               uint32_t thread) {
   const uint32_t warp = thread / 32, row = thread % 32 / 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -128,7 +129,7 @@ __device__ __forceinline__ float row_norm(const uint8_t* tile, uint32_t thread) 
 }
 
 // NaN stays NaN.
-__device__ __forceinline__ float key_scale_of(float norm, float scale_log2) {
+[[maybe_unused]] __device__ __forceinline__ float key_scale_of(float norm, float scale_log2) {
   return __fdividef(scale_log2, norm < kMinKeyNorm ? kMinKeyNorm : norm);
 }
 
@@ -136,6 +137,7 @@ template <typename Element, int kHeadDim, bool kCausal>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
     forward_kernel(const __grid_constant__ ForwardArgs<Element> args) {
 #ifdef REFORMER_SM90A
+  overlap_neighbours();
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   using Shared = ForwardShared<kHeadDim>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
@@ -330,8 +332,7 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, const ForwardSt
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid((line.chunks() + run - 1) / run, static_cast<unsigned>(stage.head_count));
-  kernel<<<grid, kThreads, kSharedBytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch_overlapped(kernel, {grid, kThreads, kSharedBytes}, stream, args);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@
 #include <iterator>
 #include <type_traits>
 
-#include "device_traits.cuh"
+#include "launch.cuh"
 #include "lsh_hash_columns.h"
 #include "wgmma.cuh"
 
@@ -121,6 +121,7 @@ struct Packing {
 template <typename T>
 __global__ void pack_kernel(const __grid_constant__ LshHashParams params,
                             const __grid_constant__ HashColumns columns, Packing packing) {
+  overlap_neighbours();
   constexpr int kPiece = 8, kPieces = 8;  // elements of a piece, pieces of a row
   const int64_t pieces =
       params.rotation_heads * packing.groups * packing.halves * kPieces * packing.columns;
@@ -453,6 +454,7 @@ __global__ __launch_bounds__(launch_bound(kSteps),
                                                  const __grid_constant__ Packing packing,
                                                  int tiles_per_sequence, OpaqueZero zero) {
 #ifdef REFORMER_HASH_SM90A
+  overlap_neighbours();
   constexpr int kChunk = Factors::kChunk, kWarpgroups = warpgroups(kSteps);
   constexpr bool kPrefetch = kSteps <= 8;  // registers hold the next tokens too
   extern __shared__ char unaligned[];
@@ -565,24 +567,24 @@ cudaError_t launch(const LshHashParams& params, const HashColumns& columns, cons
   constexpr int kWarpgroups = warpgroups(kSteps);
   const auto kernel = hash_kernel<T, kSteps, Factors>;
   const int bytes = static_cast<int>(packing.group_bytes()) + kAlignment;
-  const cudaError_t error =
+  cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
 
   constexpr int kPackThreads = 256;
   const int64_t pieces = params.rotation_heads * packing.groups * packing.group_bytes() / 16;
-  pack_kernel<T>
-      <<<static_cast<unsigned>(ceil_div<int64_t>(pieces, kPackThreads)), kPackThreads, 0, stream>>>(
-          params, columns, packing);
+  const auto pack_blocks = static_cast<unsigned>(ceil_div<int64_t>(pieces, kPackThreads));
+  error = launch_overlapped(pack_kernel<T>, {pack_blocks, kPackThreads}, stream, params, columns,
+                            packing);
+  if (error != cudaSuccess) return error;
 
   const int tiles_per_sequence = static_cast<int>(ceil_div<int64_t>(params.length, kTokens));
   const int64_t tiles = params.batch * params.heads * tiles_per_sequence;
   const int64_t resident = std::max(1, traits.multiprocessors / packing.groups);
   const dim3 grid(static_cast<unsigned>(std::min(resident, ceil_div<int64_t>(tiles, kWarpgroups))),
                   static_cast<unsigned>(packing.groups));
-  kernel<<<grid, kWarpgroups * 128, bytes, stream>>>(params, columns, packing, tiles_per_sequence,
-                                                     OpaqueZero{0.0f});
-  return cudaGetLastError();
+  return launch_overlapped(kernel, {grid, kWarpgroups * 128, bytes}, stream, params, columns,
+                           packing, tiles_per_sequence, OpaqueZero{0.0f});
 }
 
 template <typename T>

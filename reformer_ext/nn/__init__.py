@@ -5,7 +5,7 @@ from __future__ import annotations
 from .attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention, hash_rotations
 from .cache import DecodingCache
 from .cross_attention import FullCrossAttention, LSHCrossAttention
-from .encoder_decoder import ReformerEncoderDecoder
+from .encoder_decoder import EncoderDecoderCache, ReformerEncoderDecoder
 from .feed_forward import ChunkedFeedForward, chunked_lm_loss
 from .heads import (
     ReformerForMaskedLM,
@@ -22,6 +22,7 @@ __all__ = [
     "AxialPositions",
     "ChunkedFeedForward",
     "DecodingCache",
+    "EncoderDecoderCache",
     "FullCrossAttention",
     "FullSelfAttention",
     "LSHCrossAttention",

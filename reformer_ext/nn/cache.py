@@ -195,6 +195,7 @@ class FullCache(_RowCache):
 
     def append(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
         """Adds T positions ``(B, H, T, D)`` after ``lengths (B,)``."""
+        k, v = k[:, :, : self.keys.shape[2]], v[:, :, : self.keys.shape[2]]  # padding may go beyond
         places = lengths[:, None] + torch.arange(k.shape[2], device=k.device)
         self._write(k, v, places.clamp(max=self.keys.shape[2] - 1))
 
@@ -234,6 +235,7 @@ class DecodingCache(nn.Module):
         capacity: positions there is room for.
         filled: whether there has been a prompt.
         used: the longest length, known without asking the device.
+        dtype: of keys and values.
         lengths: int64 ``(B,)``, positions of each sequence.
         layers: the layers' caches.
     """
@@ -255,6 +257,7 @@ class DecodingCache(nn.Module):
         super().__init__()
         self.config = config
         self.capacity = capacity
+        self.dtype = dtype
         self.filled = False
         self.used = 0
         sizes = (batch, config.heads, config.head_width)
@@ -320,3 +323,51 @@ class DecodingCache(nn.Module):
         for layer in self.layers:
             if isinstance(layer, LSHCache):  # the others know by the lengths
                 layer.counts.zero_()
+
+    def reorder(self, indices: Tensor | Sequence[int]) -> None:
+        """Sequence i becomes what sequence ``indices[i]`` was, in place.
+
+        For beam search, where a beam may go on twice and another not at all, and to drop sequences
+        that have ended: with fewer indices than sequences the batch shrinks, for good.
+
+        Args:
+            indices: integers ``(n,)``, 1 <= n <= B, in 0 .. B - 1. A CUDA tensor is not checked
+                for that range, which would cost a synchronisation.
+
+        Raises:
+            ValueError: naming what was expected and what came; nothing is changed.
+        """
+        reorder_rows(self, indices, self.batch)
+
+
+@torch.no_grad()
+def reorder_rows(cache: nn.Module, indices: Tensor | Sequence[int], batch: int) -> None:
+    """Takes rows of all buffers inside but the rotations, which have none; see
+    :meth:`DecodingCache.reorder`."""
+    buffers = [
+        (module, name, buffer)
+        for module in cache.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name != "rotations"
+    ]
+    indices = torch.as_tensor(indices)
+    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+        raise ValueError(
+            f"{type(cache).__name__}.reorder: expected indices [n] of int32 or int64, "
+            f"got {list(indices.shape)} of {indices.dtype}"
+        )
+    if not 1 <= len(indices) <= batch:
+        raise ValueError(
+            f"{type(cache).__name__}.reorder: expected 1 to {batch} indices, got {len(indices)}"
+        )
+    if indices.device.type == "cpu" and not ((indices >= 0) & (indices < batch)).all():
+        raise ValueError(
+            f"{type(cache).__name__}.reorder: expected indices in 0 .. {batch - 1}, "
+            f"got {indices.tolist()}"
+        )
+    with torch.inference_mode(False):  # whose views nothing else may change in place
+        for module, name, buffer in buffers:
+            rows = buffer[: len(indices)]
+            rows.copy_(buffer.index_select(0, indices.to(buffer.device)))
+            if len(rows) < len(buffer):
+                setattr(module, name, rows)

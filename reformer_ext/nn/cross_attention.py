@@ -12,7 +12,46 @@ from torch import Tensor, nn
 from .. import ops
 from .attention import _Attention, _narrow, check_padding, hash_rotations
 
-__all__ = ["FullCrossAttention", "LSHCrossAttention"]
+__all__ = ["CrossCache", "FullCrossAttention", "LSHCrossAttention"]
+
+
+class CrossCache(nn.Module):
+    """Keys and values of a context, computed once and attended to at every decoding step.
+
+    Args:
+        batch, heads, head_dim: B, H, D.
+        capacity: most positions of a context.
+        dtype: of keys and values.
+    """
+
+    keys: Tensor
+    values: Tensor
+    padding: Tensor
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        for name in ("keys", "values"):
+            rows = torch.zeros(batch, heads, capacity, head_dim, dtype=dtype, device=device)
+            self.register_buffer(name, rows, persistent=False)
+        padding = torch.ones(batch, capacity, dtype=torch.bool, device=device)
+        self.register_buffer("padding", padding, persistent=False)
+
+    def fill(self, k: Tensor, v: Tensor, context_padding_mask: Tensor | None) -> None:
+        """Takes ``k, v (B, H, M, D)`` of a context with padding ``(B, M)`` instead of the last."""
+        length = k.shape[2]
+        self.keys[:, :, :length].copy_(k)
+        self.values[:, :, :length].copy_(v)
+        self.padding.fill_(True)
+        self.padding[:, :length] = False if context_padding_mask is None else context_padding_mask
 
 
 class _CrossAttention(_Attention):
@@ -38,15 +77,18 @@ class _CrossAttention(_Attention):
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q ``(B, H, L, D)`` and k, v ``(B, H, M, D)``."""
         (q,) = self._project_in(x)
+        return q, *self._project_context(x.shape[0], context)
+
+    def _project_context(self, batch: int, context: Tensor) -> tuple[Tensor, Tensor]:
         width = self.context_proj.in_features
-        if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != width:
+        if context.dim() != 3 or context.shape[0] != batch or context.shape[2] != width:
             raise ValueError(
-                f"{type(self).__name__}: expected context [{x.shape[0]}, M, {width}], "
+                f"{type(self).__name__}: expected context [{batch}, M, {width}], "
                 f"got {list(context.shape)}"
             )
         kv = self.context_proj(context).unflatten(-1, (2, self.heads, self.head_dim))
         k, v = (part.transpose(1, 2) for part in kv.unbind(2))
-        return q, k, v
+        return k, v
 
 
 class FullCrossAttention(_CrossAttention):
@@ -87,35 +129,75 @@ class FullCrossAttention(_CrossAttention):
         )
 
     def forward(
-        self, x: Tensor, context: Tensor, *, context_padding_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        context_padding_mask: Tensor | None = None,
+        cache: CrossCache | None = None,
     ) -> Tensor:
         """Attends over the context.
 
         Args:
             x: ``(B, L, dim)``.
-            context: ``(B, M, context_dim)``.
+            context: ``(B, M, context_dim)``; None with a cache.
             context_padding_mask: bool ``(B, M)``, True = padding. Over padding alone, the result
                 is that of no attention (zero, but for a bias). Dropout draws from the global
                 generator.
+            cache: attend over what :meth:`fill_cache` put into it instead.
 
         Returns:
             ``(B, L, dim)``.
+
+        Raises:
+            ValueError: wrong shapes, or not one of context and cache.
         """
+        if cache is not None and context is None and context_padding_mask is None:
+            (q,) = self._project_in(x)
+            out = self._attend(q.to(cache.keys.dtype), cache.keys, cache.values, cache.padding)
+            return self._project_out(out.to(q.dtype))
+        if context is None or cache is not None:
+            raise ValueError("FullCrossAttention: expected a context or a cache, got both or none")
         q, k, v = self._project(x, context)
         check_padding(
             "FullCrossAttention: expected context_padding_mask", context_padding_mask, context
         )
+        return self._project_out(self._attend(q, k, v, context_padding_mask))
+
+    def fill_cache(
+        self, cache: CrossCache, context: Tensor, context_padding_mask: Tensor | None = None
+    ) -> None:
+        """Puts the keys and values of a context into the cache, in place of what it held.
+
+        Args:
+            cache: with room for M positions.
+            context, context_padding_mask: as in :meth:`forward`.
+
+        Raises:
+            ValueError: wrong shapes, or no room; nothing is changed.
+        """
+        batch, _, capacity, _ = cache.keys.shape
+        k, v = self._project_context(batch, context)
+        check_padding(
+            "FullCrossAttention: expected context_padding_mask", context_padding_mask, context
+        )
+        if context.shape[1] > capacity:
+            raise ValueError(
+                f"FullCrossAttention: expected a context of at most {capacity} positions, as the "
+                f"cache, got {context.shape[1]}"
+            )
+        cache.fill(k, v, context_padding_mask)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
         mask = nothing = None
-        if context_padding_mask is not None:
+        if padding is not None:
             # Over padding alone all is let in, and thrown away: finite, and without gradient.
-            nothing = context_padding_mask.all(dim=1)[:, None, None, None]
-            mask = ~context_padding_mask[:, None, None, :] | nothing
+            nothing = padding.all(dim=1)[:, None, None, None]
+            mask = ~padding[:, None, None, :] | nothing
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=self._dropout_p(), scale=self.scale
         )
-        if nothing is not None:
-            out = out.masked_fill(nothing, 0.0)
-        return self._project_out(out)
+        return out if nothing is None else out.masked_fill(nothing, 0.0)
 
 
 class LSHCrossAttention(_CrossAttention):

@@ -11,15 +11,75 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .cross_attention import FullCrossAttention, LSHCrossAttention
+from .cache import DecodingCache, reorder_rows
+from .cross_attention import CrossCache, FullCrossAttention, LSHCrossAttention
 from .feed_forward import chunked_lm_loss
-from .models import Reformer, ReformerConfig, _AttentionBlock, lm_head
+from .models import Reformer, ReformerConfig, _AttentionBlock, _is_int, lm_head
 from .pretrained import PretrainedModel, config_from_fields
 from .reversible import ReversibleBlock
 
-__all__ = ["ReformerEncoderDecoder"]
+__all__ = ["EncoderDecoderCache", "ReformerEncoderDecoder"]
 
 CROSS_KINDS = ("full", "lsh")
+
+
+class EncoderDecoderCache(nn.Module):
+    """What a decoder remembers: the caches of its self-attention, and each layer's keys and values
+    of the source, which are computed once.
+
+    Made by :meth:`ReformerEncoderDecoder.new_cache`. All buffers have a fixed size and are changed
+    in place, whatever the source.
+
+    Attributes:
+        decoder: of the self-attention.
+        cross: a :class:`CrossCache` per layer.
+        source_capacity: most positions of a source.
+    """
+
+    def __init__(self, decoder: DecodingCache, source_capacity: int) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.source_capacity = source_capacity
+        config = decoder.config
+        self.cross = nn.ModuleList(
+            CrossCache(
+                decoder.batch,
+                config.heads,
+                config.head_width,
+                source_capacity,
+                dtype=decoder.dtype,
+                device=decoder.lengths.device,
+            )
+            for _ in config.layers
+        )
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.decoder.batch
+
+    @property
+    def capacity(self) -> int:
+        """Target positions there is room for."""
+        return self.decoder.capacity
+
+    @property
+    def filled(self) -> bool:
+        """Whether there have been a source and a prompt."""
+        return self.decoder.filled
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 ``(B,)``, target positions of each sequence."""
+        return self.decoder.lengths
+
+    def reset(self) -> None:
+        """Forgets everything: the next call brings a new source and prompt."""
+        self.decoder.reset()
+
+    def reorder(self, indices: Tensor | Sequence[int]) -> None:
+        """As :meth:`DecodingCache.reorder`, sources included."""
+        reorder_rows(self, indices, self.batch)
 
 
 class ReformerEncoderDecoder(PretrainedModel):
@@ -115,11 +175,12 @@ class ReformerEncoderDecoder(PretrainedModel):
     def decode(
         self,
         tokens: Tensor,
-        context: Tensor,
+        context: Tensor | None = None,
         *,
         key_padding_mask: Tensor | None = None,
         source_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        cache: EncoderDecoderCache | None = None,
     ) -> Tensor:
         """The decoder's hidden states ``(B, L, decoder dim)``; arguments as in :meth:`forward`,
         with what :meth:`encode` returned as context."""
@@ -129,36 +190,77 @@ class ReformerEncoderDecoder(PretrainedModel):
             key_padding_mask=key_padding_mask,
             context_padding_mask=source_padding_mask,
             n_hashes=n_hashes,
+            cache=cache,
         )
+
+    def new_cache(
+        self, batch: int, capacity: int, source_capacity: int, **options: Any
+    ) -> EncoderDecoderCache:
+        """An empty cache for :meth:`forward`.
+
+        Args:
+            batch: pairs B.
+            capacity: most target positions.
+            source_capacity: most source positions M. Each step attends over all of them.
+            **options: as in :meth:`Reformer.new_cache`, of the decoder.
+
+        Raises:
+            ValueError: an argument is out of range, or a decoder layer has LSH cross-attention,
+                whose chunks depend on all queries: it has no step by step.
+        """
+        return self.decoder.new_cache(batch, capacity, source_capacity, **options)
 
     def forward(
         self,
-        source: Tensor,
+        source: Tensor | None,
         tokens: Tensor,
         *,
         source_padding_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        cache: EncoderDecoderCache | None = None,
     ) -> Tensor:
         """Logits of the next token.
 
+        >>> config = ReformerConfig(dim=64, heads=2, layers=("local", "lsh"))
+        >>> model = ReformerEncoderDecoder(dataclasses.replace(config, causal=False), config).eval()
+        >>> source, start = torch.randint(256, (1, 1000)), torch.tensor([[0]])
+        >>> cache = model.new_cache(batch=1, capacity=300, source_capacity=1000)
+        >>> with torch.no_grad():
+        ...     logits = model(source, start, cache=cache)  # source and prompt
+        ...     logits = model(None, logits[:, -1:].argmax(-1), cache=cache)  # one token more
+
         Args:
-            source: int64 ``(B, M)``, or embeddings, floating ``(B, M, encoder dim)``.
+            source: int64 ``(B, M)``, or embeddings, floating ``(B, M, encoder dim)``; None with a
+                cache that has one.
             tokens: int64 ``(B, L)``, or embeddings, floating ``(B, L, decoder dim)``.
             source_padding_mask: bool ``(B, M)``, True = padding.
             key_padding_mask: bool ``(B, L)``, True = padding.
             n_hashes: hash rounds of this call, in all layers; default: the configurations'.
+            cache: from :meth:`new_cache`. Empty: takes the source, which is encoded once, and the
+                tokens, which begin the targets. Else the tokens continue those.
 
         Returns:
             ``(B, L, vocab_size)``.
+
+        Raises:
+            ValueError: wrong shapes, no source where there is need of one, or one too many.
+            RuntimeError: a cache in training or where gradients are recorded.
         """
-        context = self.encode(source, source_padding_mask=source_padding_mask, n_hashes=n_hashes)
+        context = None
+        if source is not None:
+            if cache is not None:
+                self.decoder._check_cross(cache, True, tokens, n_hashes)
+            context = self.encode(
+                source, source_padding_mask=source_padding_mask, n_hashes=n_hashes
+            )
         hidden = self.decode(
             tokens,
             context,
             key_padding_mask=key_padding_mask,
             source_padding_mask=source_padding_mask,
             n_hashes=n_hashes,
+            cache=cache,
         )
         return F.linear(hidden, self.output_weight, self.output_bias)
 
@@ -211,7 +313,7 @@ class _DecoderAttentionBlock(nn.Module):
         self,
         x: Tensor,
         *,
-        context: Tensor,
+        context: Tensor | None = None,
         self_kwargs: Mapping[str, Any],
         cross_kwargs: Mapping[str, Any],
         buckets: Tensor | None = None,
@@ -249,13 +351,28 @@ class _Decoder(Reformer):
     def forward(  # type: ignore[override]
         self,
         tokens: Tensor,
-        context: Tensor,
+        context: Tensor | None = None,
         *,
         key_padding_mask: Tensor | None = None,
         context_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        cache: EncoderDecoderCache | None = None,
     ) -> Tensor:
         self._check(tokens, key_padding_mask)
+        if cache is not None:
+            self._check_cross(cache, context is not None, tokens, n_hashes)
+            if context is not None:
+                self._fill_cross(cache, context, context_padding_mask)
+            elif context_padding_mask is not None:
+                raise ValueError(
+                    "ReformerEncoderDecoder: expected no source_padding_mask after the source, "
+                    "got one"
+                )
+            return self._forward_cached(
+                tokens, key_padding_mask, n_hashes, cache.decoder, [*cache.cross]
+            )
+        if context is None:
+            raise ValueError("ReformerEncoderDecoder: expected a source or its context, got none")
         x = self._embed(tokens)
         length = x.shape[1]
         x, key_padding_mask = self._pad(x, key_padding_mask)
@@ -265,7 +382,50 @@ class _Decoder(Reformer):
             {"self_kwargs": for_self, "cross_kwargs": for_cross}
             for for_self, for_cross in zip(self_kwargs, cross_kwargs, strict=True)
         ]
-        return self._run(x, f_kwargs, {"context": context})[:, :length]
+        return self._unpad(self._run(x, f_kwargs, {"context": context}), length)
+
+    def new_cache(  # type: ignore[override]
+        self, batch: int, capacity: int, source_capacity: int, **options: Any
+    ) -> EncoderDecoderCache:
+        """See :meth:`ReformerEncoderDecoder.new_cache`."""
+        name = "ReformerEncoderDecoder.new_cache"
+        if "lsh" in self.cross:
+            raise ValueError(
+                f"{name}: expected cross-attention 'full' in all decoder layers, got {self.cross}; "
+                "where chunks of LSH cross-attention begin depends on all queries, so that it "
+                "cannot go token by token (its weights fit a model with cross='full')"
+            )
+        if not _is_int(source_capacity, 1):
+            raise ValueError(
+                f"{name}: expected source_capacity to be an integer >= 1, got {source_capacity}"
+            )
+        cache = super().new_cache(batch, capacity, **options)
+        with torch.inference_mode(False):  # whose tensors nothing else may change in place
+            return EncoderDecoderCache(cache, source_capacity)
+
+    def _check_cross(
+        self, cache: EncoderDecoderCache, has_source: bool, tokens: Tensor, n_hashes: int | None
+    ) -> None:
+        """Raises unless the cache may be used now, and has a source or gets one."""
+        if not isinstance(cache, EncoderDecoderCache):
+            raise TypeError(
+                "ReformerEncoderDecoder: expected a cache from new_cache, got "
+                f"{type(cache).__name__}"
+            )
+        self._check_cache(tokens, n_hashes, cache.decoder)
+        if cache.filled == has_source:
+            raise ValueError(
+                "ReformerEncoderDecoder: expected "
+                + ("no source after the prompt, got one" if has_source else "a source, got none")
+            )
+
+    def _fill_cross(
+        self, cache: EncoderDecoderCache, context: Tensor, context_padding_mask: Tensor | None
+    ) -> None:
+        layers = (layer for layer in self.modules() if isinstance(layer, FullCrossAttention))
+        for layer, cross in zip(layers, cache.cross, strict=True):
+            assert isinstance(cross, CrossCache)
+            layer.fill_cache(cross, context, context_padding_mask)
 
     def _cross_kwargs(
         self,

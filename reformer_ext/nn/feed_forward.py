@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops import exports_any
+
 __all__ = ["ACTIVATIONS", "ChunkedFeedForward", "chunked_lm_loss", "map_positions"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -34,10 +36,11 @@ def map_positions(
     Args:
         function: maps ``(B, l, dim)`` to ``(B, l, any)`` for every l.
         x: ``(B, L, dim)``.
-        chunk_size: 0 calls the function once, without a checkpoint.
+        chunk_size: 0 calls the function once, without a checkpoint; so does ``torch.export`` with a
+            dynamic length, whose graph cannot depend on the number of chunks.
         preserve_rng_state: the function draws random numbers (dropout).
     """
-    if chunk_size == 0 or x.shape[1] <= chunk_size:
+    if chunk_size == 0 or exports_any(x.shape[1]) or x.shape[1] <= chunk_size:
         return function(x)
     parts = torch.split(x, chunk_size, dim=1)
     if not torch.is_grad_enabled():

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..packed import sequence_lengths
 from .feed_forward import chunked_lm_loss
 from .models import Reformer, ReformerConfig, ReformerLM
 from .pretrained import PretrainedModel
@@ -86,11 +87,20 @@ class ReformerForSequenceClassification(_ReformerHead):
         *,
         key_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
-        """Logits ``(B, num_labels)``; arguments as in :meth:`Reformer.forward`. A sequence of
-        padding alone counts as a mean of 0."""
-        hidden = self.reformer(tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes)
-        if key_padding_mask is None:
+        """Logits ``(B, num_labels)``, of n packed sequences ``(n, num_labels)``; arguments as in
+        :meth:`Reformer.forward`. A sequence of padding alone, or a packed one without a position,
+        counts as a mean of 0."""
+        hidden = self.reformer(
+            tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes, cu_seqlens=cu_seqlens
+        )
+        if cu_seqlens is not None:
+            parts = _unpacked(hidden, cu_seqlens)
+            pooled = torch.stack(
+                [part.sum(0) if len(part) == 0 else part.mean(0) for part in parts]
+            )
+        elif key_padding_mask is None:
             pooled = hidden.mean(dim=1)
         else:
             length = (~key_padding_mask).sum(dim=1, keepdim=True).clamp(min=1)
@@ -106,9 +116,13 @@ class ReformerForSequenceClassification(_ReformerHead):
         *,
         key_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
-        """Mean cross-entropy in nats of the labels, int64 ``(B,)``; -100 does not count."""
-        logits = self(tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes)
+        """Mean cross-entropy in nats of the labels, int64 ``(B,)``, one for each packed sequence;
+        -100 does not count."""
+        logits = self(
+            tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes, cu_seqlens=cu_seqlens
+        )
         return _cross_entropy(type(self).__name__, "labels", logits, labels)
 
 
@@ -189,10 +203,14 @@ class ReformerForQuestionAnswering(_ReformerHead):
         *,
         key_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits of the start and of the end, ``(B, L)`` each, -inf at padding; arguments as in
-        :meth:`Reformer.forward`."""
-        hidden = self.reformer(tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes)
+        :meth:`Reformer.forward`. Of packed sequences, ``(1, total)``: those of each have their own
+        softmax."""
+        hidden = self.reformer(
+            tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes, cu_seqlens=cu_seqlens
+        )
         logits = self.head(self.dropout(hidden))
         if key_padding_mask is not None:
             logits = logits.masked_fill(key_padding_mask[..., None], -math.inf)
@@ -207,18 +225,32 @@ class ReformerForQuestionAnswering(_ReformerHead):
         *,
         key_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy in nats of start and end: the mean of their two means over the batch.
 
         Args:
-            tokens, key_padding_mask, n_hashes: as in :meth:`Reformer.forward`.
-            starts: int64 ``(B,)``, position of the first token; -100 does not count.
-            ends: int64 ``(B,)``, position of the last token; -100 does not count.
+            tokens, key_padding_mask, n_hashes, cu_seqlens: as in :meth:`Reformer.forward`.
+            starts: int64 ``(B,)``, position of the first token; -100 does not count. Of n packed
+                sequences, ``(n,)``; positions count from the start of each.
+            ends: the same shape, position of the last token; -100 does not count.
         """
         name = type(self).__name__
-        start, end = self(tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes)
+        start, end = self(
+            tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes, cu_seqlens=cu_seqlens
+        )
+        if cu_seqlens is not None:  # -inf beyond the end of each sequence, as at padding
+            start, end = (
+                nn.utils.rnn.pad_sequence(_unpacked(logits, cu_seqlens), True, -math.inf)
+                for logits in (start, end)
+            )
         start_loss = _cross_entropy(name, "starts", start, starts)
         return (start_loss + _cross_entropy(name, "ends", end, ends)) / 2
+
+
+def _unpacked(x: Tensor, cu_seqlens: Sequence[int] | Tensor) -> list[Tensor]:
+    """The sequences of a packed line ``(1, total, ...)``, ``(length, ...)`` each."""
+    return list(torch.split(x[0], sequence_lengths("Reformer", cu_seqlens, x.shape[:2])))
 
 
 def _cross_entropy(name: str, argument: str, logits: Tensor, targets: Tensor) -> Tensor:

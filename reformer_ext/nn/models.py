@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import default_n_buckets
+from ..ops import default_n_buckets, exports_any
 from ..packed import map_sequences, sequence_lengths
 from .attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention, check_padding
 from .cache import DecodingCache
@@ -39,13 +39,16 @@ class ReformerConfig:
         heads: attention heads H.
         head_dim: width D of a head, at most 256, on CUDA a multiple of 8; None: ``dim / heads``.
         ff_hidden: width of the feed-forward layers; None: ``4 * dim``.
-        ff_chunk_size: positions at a time in a feed-forward layer; 0: all.
+        ff_chunk_size: positions at a time in a feed-forward layer; 0: all, as always where
+            ``torch.export`` makes the length dynamic. ``torch.compile`` compiles anew for each
+            number of chunks.
         ff_activation: "gelu", "relu" or "silu".
         ff_glu: gated feed-forward layers.
         n_hashes: hash rounds R of LSH layers.
         chunk_size: positions in a chunk of LSH layers.
         n_buckets: of LSH layers, an even number or even factors of it; None: about
-            ``2 * length / chunk_size``.
+            ``2 * length / chunk_size``, by the length of each call. To be set for ``torch.export``
+            with a dynamic length.
         look_back, look_ahead: chunks before and after its own that a query of an LSH layer attends
             to; look_ahead None: 0 if causal, else 1.
         local_chunk_size, local_look_back, local_look_ahead: the same for local layers.
@@ -420,7 +423,7 @@ class Reformer(nn.Module):
         length = x.shape[1]
         x, key_padding_mask = self._pad(x, key_padding_mask)
         f_kwargs = self._layer_kwargs(x, key_padding_mask, n_hashes, lengths)
-        return self._run(x, f_kwargs)[:, :length]
+        return self._unpad(self._run(x, f_kwargs), length)
 
     def _run(
         self,
@@ -512,17 +515,11 @@ class Reformer(nn.Module):
         key_padding_mask: Tensor | None,
         n_hashes: int | None,
         cache: DecodingCache,
+        cross_caches: Sequence[nn.Module] = (),
     ) -> Tensor:
-        if self.training or torch.is_grad_enabled():
-            raise RuntimeError(
-                "Reformer: expected evaluation mode and torch.no_grad() with a cache, got "
-                f"training={self.training} and gradients {torch.is_grad_enabled()}"
-            )
-        if n_hashes is not None:
-            raise ValueError("Reformer: n_hashes is the cache's; give it to new_cache")
-        batch, length = tokens.shape[:2]
-        if not torch.compiler.is_compiling():
-            cache.check(self.config, batch, length)
+        """``cross_caches`` of an encoder-decoder's layers, filled."""
+        self._check_cache(tokens, n_hashes, cache)
+        length = tokens.shape[1]
         if cache.filled:
             if key_padding_mask is not None:
                 raise ValueError("Reformer: expected no key_padding_mask after the prompt, got one")
@@ -530,7 +527,7 @@ class Reformer(nn.Module):
             rotary = None if self.rotary is None else self.rotary.at(positions[:, None])
             common = {"rotary": rotary, "cache_lengths": cache.lengths}
             x = self._embed(tokens, at=positions)
-            hidden = self._run(x, [{**common, "cache": layer} for layer in cache.layers])
+            hidden = self._run(x, _cached_kwargs(common, cache, cross_caches))
             cache.extend(torch.full_like(cache.lengths, length), length)
             return hidden
 
@@ -544,12 +541,24 @@ class Reformer(nn.Module):
             order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)
             key_padding_mask = key_padding_mask.gather(1, order)
             tokens = _take(tokens, order)
-        rotary = None if self.rotary is None else self.rotary(length, tokens.device)
+        x, key_padding_mask = self._pad(self._embed(tokens), key_padding_mask)
+        rotary = None if self.rotary is None else self.rotary(x.shape[1], x.device)
         common = {"rotary": rotary, "key_padding_mask": key_padding_mask}
-        x = self._embed(tokens)
-        hidden = self._run(x, [{**common, "cache": layer} for layer in cache.layers])
+        hidden = self._unpad(self._run(x, _cached_kwargs(common, cache, cross_caches)), length)
         cache.extend(lengths, length)
         return hidden if order is None else _take(hidden, order.argsort(dim=1))
+
+    def _check_cache(self, tokens: Tensor, n_hashes: int | None, cache: DecodingCache) -> None:
+        """Raises unless the cache may be used now and has room for the tokens."""
+        if self.training or torch.is_grad_enabled():
+            raise RuntimeError(
+                "Reformer: expected evaluation mode and torch.no_grad() with a cache, got "
+                f"training={self.training} and gradients {torch.is_grad_enabled()}"
+            )
+        if n_hashes is not None:
+            raise ValueError("Reformer: n_hashes is the cache's; give it to new_cache")
+        if not torch.compiler.is_compiling():
+            cache.check(self.config, tokens.shape[0], tokens.shape[1])
 
     def _check(self, tokens: Tensor, key_padding_mask: Tensor | None) -> None:
         """Raises ValueError unless the arguments have the shapes that :meth:`forward` says."""
@@ -582,12 +591,28 @@ class Reformer(nn.Module):
 
     def _pad(self, x: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Masked positions up to a whole multiple of ``config.length_multiple``."""
-        excess = -x.shape[1] % self.config.length_multiple
+        length, multiple = x.shape[1], self.config.length_multiple
+        if multiple > 1 and exports_any(length):
+            # Whether there is an excess would fix the graph: an index that stops at the last.
+            places = torch.arange(length + -length % multiple, device=x.device)
+            padding = (places >= length).expand(x.shape[0], -1)
+            places = places.clamp(max=length - 1)
+            if key_padding_mask is not None:
+                padding = padding | key_padding_mask[:, places]
+            return x[:, places], padding
+        excess = -length % multiple
         if excess == 0:
             return x, key_padding_mask
         if key_padding_mask is None:
             key_padding_mask = x.new_zeros(x.shape[:2], dtype=torch.bool)
         return F.pad(x, (0, 0, 0, excess)), F.pad(key_padding_mask, (0, excess), value=True)
+
+    def _unpad(self, hidden: Tensor, length: int) -> Tensor:
+        """Without the positions that :meth:`_pad` added."""
+        if self.config.length_multiple > 1 and exports_any(length):
+            # A slice would ask whether it leaves anything out.
+            return hidden[:, torch.arange(length, device=hidden.device)]
+        return hidden[:, :length]
 
     def _layer_kwargs(
         self,
@@ -724,6 +749,19 @@ def lm_head(config: ReformerConfig) -> nn.Linear | None:
     if config.head_bias:
         nn.init.zeros_(head.bias)
     return head
+
+
+def _cached_kwargs(
+    common: Mapping[str, Any], cache: DecodingCache, cross_caches: Sequence[nn.Module]
+) -> list[dict[str, Any]]:
+    """What each attention layer gets beside x, an encoder-decoder's for both attentions."""
+    result = [{**common, "cache": layer} for layer in cache.layers]
+    if not cross_caches:
+        return result
+    return [
+        {"self_kwargs": kwargs, "cross_kwargs": {"cache": cross}}
+        for kwargs, cross in zip(result, cross_caches, strict=True)
+    ]
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
