@@ -18,8 +18,10 @@ constexpr int kBlockThreads = kWarpgroups * kThreads;
 constexpr int kLongestRun = 64;
 
 constexpr int kHeadDim = 128;
-constexpr int kHalf = kHeadDim / 2;  // columns of a tile, and of the gradients of a warpgroup
-constexpr int kDiagonal = 0;         // the warpgroup whose keys and queries are of the same chunk
+// Columns of a tile, and of the gradients of a warpgroup.
+[[maybe_unused]] constexpr int kHalf = kHeadDim / 2;
+// The warpgroup whose keys and queries are of the same chunk.
+[[maybe_unused]] constexpr uint32_t kDiagonal = 0;
 
 // Chunks that are in use at the same time. In step n, products need q of chunks n - 1 to n + 1 and
 // the next scores chunk n + 2, while n + 3 is copied.
@@ -42,6 +44,7 @@ struct BackwardShared {
   int position[kPositionRing][kTileRows];
   float dots[kWarpgroups][kTileRows];  // of rows of grad_k and q, over the warpgroup's columns
 };
+static_assert(sizeof(BackwardShared) <= 227 * 1024);
 static_assert(kWarps * kStagingBytes * kWarpgroups <= sizeof(WideTile));
 
 template <typename Element, bool kCausal>
