@@ -78,7 +78,8 @@ __global__ __launch_bounds__(kClusterLaunchBound) void cluster_kernel(const int3
                                                                       int32_t* order, int length,
                                                                       int n_buckets) {
 #if __CUDA_ARCH__ >= 900
-  overlap_neighbours();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   extern __shared__ __align__(16) uint32_t shared[];
   const auto cluster = cooperative_groups::this_cluster();
   const int blocks = cluster.num_blocks();
@@ -132,7 +133,8 @@ __global__ __launch_bounds__(kTileThreads) void histogram_kernel(MakePass make_p
                                                                  uint32_t* histograms,
                                                                  int64_t length, int tiles,
                                                                  int bins) {
-  overlap_neighbours();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   extern __shared__ __align__(16) uint32_t counts[];
   const auto pass = make_pass(blockIdx.x / tiles);
   const Tile tile = tile_at<kItems>(blockIdx.x % tiles, length);
@@ -153,7 +155,8 @@ __global__ __launch_bounds__(kTileThreads) void histogram_kernel(MakePass make_p
 constexpr int kScanThreads = 1024;
 __global__ __launch_bounds__(kScanThreads) void scan_kernel(uint32_t* histograms, int tiles,
                                                             int bins, int columns) {
-  overlap_neighbours();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   __shared__ uint32_t sums[kScanThreads], first_slot[kScanThreads], scratch[kScratchWords];
   uint32_t* segment = histograms + int64_t{blockIdx.x} * tiles * bins;
   const int rows = kScanThreads / columns, row = threadIdx.x / columns,
@@ -217,7 +220,8 @@ template <class MakePass, int kItems, bool kBallots>
 __global__ __launch_bounds__(kTileThreads,
                              2) void scatter_kernel(MakePass make_pass, const uint32_t* slots,
                                                     int64_t length, int tiles, int bins) {
-  overlap_neighbours();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   extern __shared__ __align__(16) uint32_t shared[];
   const auto pass = make_pass(blockIdx.x / tiles);
   const Tile tile = tile_at<kItems>(blockIdx.x % tiles, length);

@@ -120,7 +120,7 @@ __device__ __forceinline__ float key_scale_of(float squared_norm) {
 template <typename T, int kLanes>
 __global__ void key_scale_kernel(const __grid_constant__ ChunkedAttentionParams params,
                                  int64_t head_begin, float* key_scale) {
-  overlap_neighbours();
+  wait_for_previous_kernel();
   const Position<kLanes> position(params, head_begin);
   const T* q = position.template row<T>(params.q);
   float square = 0;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads)
     combine_kernel(const __grid_constant__ ChunkedAttentionParams params,
                    const __grid_constant__ ForwardStage stage) {
   constexpr int kBatch = 8;
-  overlap_neighbours();
+  wait_for_previous_kernel();
   const Position<kLanes> position(params, stage.head_begin);
   if (!position.real) return;
   const int rounds = static_cast<int>(params.rounds), head_dim = static_cast<int>(params.head_dim);
@@ -212,7 +212,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, int kLanes>
 __global__ void row_stats_kernel(const __grid_constant__ ChunkedAttentionBackwardParams params,
                                  int64_t head_begin, RowStats* row_stats) {
-  overlap_neighbours();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const Position<kLanes> position(params, head_begin);
   const int head_dim = static_cast<int>(params.head_dim);
   const bool shared_qk = params.k.data == nullptr;
@@ -257,7 +258,7 @@ __global__ void __launch_bounds__(kThreads)
     reduce_kernel(const __grid_constant__ ChunkedAttentionBackwardParams params,
                   const __grid_constant__ BackwardStage stage) {
   constexpr int kStep = kLanes * Piece<T>::kSize, kPieces = 256 / kStep;
-  overlap_neighbours();
+  wait_for_previous_kernel();
   const Position<kLanes> position(params, stage.head_begin);
   const int rounds = static_cast<int>(params.rounds), head_dim = static_cast<int>(params.head_dim);
   const int64_t stride = params.length * head_dim;

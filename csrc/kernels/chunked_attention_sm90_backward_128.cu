@@ -51,7 +51,7 @@ template <typename Element, bool kCausal>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     backward_kernel(const __grid_constant__ BackwardArgs<Element> args) {
 #ifdef REFORMER_SM90A
-  overlap_neighbours();
+  wait_for_previous_kernel();
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   BackwardShared& shared = *reinterpret_cast<BackwardShared*>(shared_bytes);
   const Line& line = args.line;

@@ -109,10 +109,10 @@ __device__ __forceinline__ void exponentiate(Fragments& weights, float (&sums)[2
   }
 }
 
-// |q| of a row of a chunk, by two neighbouring threads: what read_diagonal cannot give of the chunk
-// before a run.
+// |q|^2 of a row of a chunk, by two neighbouring threads: what read_diagonal cannot give of the
+// chunk before a run.
 template <typename Element, int kHeadDim>
-__device__ __forceinline__ float row_norm(const uint8_t* tile, uint32_t thread) {
+__device__ __forceinline__ float row_square(const uint8_t* tile, uint32_t thread) {
   constexpr uint32_t kPieces = kHeadDim / 16;  // of 16 bytes, of a thread
   float square = 0.0F;
 #pragma unroll
@@ -125,19 +125,20 @@ __device__ __forceinline__ float row_norm(const uint8_t* tile, uint32_t thread) 
       square = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, square));
     }
   }
-  return sqrtf(square + __shfl_xor_sync(0xffffffff, square, 1));
+  return square + __shfl_xor_sync(0xffffffff, square, 1);
 }
 
-// NaN stays NaN.
-[[maybe_unused]] __device__ __forceinline__ float key_scale_of(float norm, float scale_log2) {
-  return __fdividef(scale_log2, norm < kMinKeyNorm ? kMinKeyNorm : norm);
+// 1 / |q|, at most kMaxKeyScale; NaN stays NaN.
+[[maybe_unused]] __device__ __forceinline__ float inverse_norm(float square) {
+  constexpr float kLeast = kMinKeyNorm * kMinKeyNorm;
+  return rsqrt_approx(square < kLeast ? kLeast : square);
 }
 
 template <typename Element, int kHeadDim, bool kCausal>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
     forward_kernel(const __grid_constant__ ForwardArgs<Element> args) {
 #ifdef REFORMER_SM90A
-  overlap_neighbours();
+  wait_for_previous_kernel();
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   using Shared = ForwardShared<kHeadDim>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
@@ -196,8 +197,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
   gather(1, line.rows(chunk), threadIdx.x);
   int pending_position = load_position();
   copy_async_wait_and_sync();
-  const float first_norm = row_norm<Element, kHeadDim>(shared.q[0][0], threadIdx.x);
-  shared.key_scale[0][threadIdx.x / 2] = key_scale_of(first_norm, args.scale_log2);
+  const float first_square = row_square<Element, kHeadDim>(shared.q[0][0], threadIdx.x);
+  shared.key_scale[0][threadIdx.x / 2] = args.scale_log2 * inverse_norm(first_square);
 
   for (uint32_t n = 1; n <= steps; ++n) {
     const uint32_t thread = renewed(threadIdx.x);
@@ -221,19 +222,17 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
     multiply_abt<Element>(previous_scores, query,
                           tile_descriptor(shared_address(shared.q[previous])));
 
-    float shifts[2], sums[2] = {0.0F, 0.0F};
+    float squares[2], shifts[2], sums[2] = {0.0F, 0.0F};
     wgmma_wait<1>();
     pin(current_scores);
-    read_diagonal(shifts, current_scores, thread);
+    read_diagonal(squares, current_scores, thread);
     int query_bounds[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t row = upper_row + 8 * half;
-      const float norm = sqrtf(shifts[half]);
-      shifts[half] = args.scale_log2 * norm;
-      if (thread % 4 == 0) {
-        shared.key_scale[current][row] = key_scale_of(norm, args.scale_log2);
-      }
+      const float scale = args.scale_log2 * inverse_norm(squares[half]);
+      shifts[half] = scale * squares[half];
+      if (thread % 4 == 0) shared.key_scale[current][row] = scale;
       query_bounds[half] = query_bound<kCausal>(line, shared.position[n % kPositionSlots][row]);
     }
     __syncthreads();

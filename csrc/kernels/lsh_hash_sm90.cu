@@ -121,7 +121,8 @@ struct Packing {
 template <typename T>
 __global__ void pack_kernel(const __grid_constant__ LshHashParams params,
                             const __grid_constant__ HashColumns columns, Packing packing) {
-  overlap_neighbours();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   constexpr int kPiece = 8, kPieces = 8;  // elements of a piece, pieces of a row
   const int64_t pieces =
       params.rotation_heads * packing.groups * packing.halves * kPieces * packing.columns;
@@ -454,7 +455,8 @@ __global__ __launch_bounds__(launch_bound(kSteps),
                                                  const __grid_constant__ Packing packing,
                                                  int tiles_per_sequence, OpaqueZero zero) {
 #ifdef REFORMER_HASH_SM90A
-  overlap_neighbours();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   constexpr int kChunk = Factors::kChunk, kWarpgroups = warpgroups(kSteps);
   constexpr bool kPrefetch = kSteps <= 8;  // registers hold the next tokens too
   extern __shared__ char unaligned[];
