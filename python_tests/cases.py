@@ -290,7 +290,26 @@ ATTENTION_CASES: list[AttentionCase] = [
     ],
     _C("fast-head_dim-32", heads=1, length=200, head_dim=32, rounds=4, chunk_size=64, causal=True),
     _C("fast-padding", length=200, head_dim=64, chunk_size=64, causal=True, padding="tail"),
-    _C("fast-dropout", length=200, head_dim=64, chunk_size=64, causal=True, dropout_p=0.1),
+    # Masks of the fused path.
+    *[
+        _C(
+            f"fast-{name}-{head_dim}{'' if causal else '-full'}",
+            length=330,
+            head_dim=head_dim,
+            rounds=4,
+            n_buckets=10,
+            chunk_size=64,
+            causal=causal,
+            padding=None if causal else "scattered",
+            same_bucket="bucket" in name,
+            correct_duplicates="duplicates" in name,
+            dropout_p=0.1 if "dropout" in name else 0.0,
+        )
+        for name in ("bucket", "dropout", "bucket-dropout", "duplicates")
+        for head_dim in (32, 64)
+        for causal in (True, False)
+    ],
+    _C("fast-dropout-128", length=200, head_dim=128, chunk_size=64, causal=True, dropout_p=0.1),
 ]
 assert len({case.id for case in ATTENTION_CASES}) == len(ATTENTION_CASES)
 

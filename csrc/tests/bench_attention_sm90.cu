@@ -3,8 +3,8 @@
 //
 //   nvcc -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -fopenmp -I csrc/kernels
 //        csrc/tests/bench_attention_sm90.cu csrc/kernels/chunked_attention_sm90*.cu
-//   a.out check | small | time | main      main: the largest target by head dim; small: a few
-//   chunks, for compute-sanitizer
+//   a.out check | small | time | masks | main      main: the largest target by head dim; small: a
+//   few chunks, for compute-sanitizer
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -19,6 +19,7 @@
 #include "chunked_attention_stages.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
+#include "dropout.h"
 
 using namespace reformer::kernels;
 
@@ -41,16 +42,19 @@ struct Case {
   bool causal = true, mask_self = true, wrap = true;
   bool natural_order = false, padding = false,
        interleaved = false;  // interleaved: [B, L, H, D] memory
-  double norm = 1.0;         // of a row, times sqrt(head_dim)
+  bool same_bucket = false;
+  double dropout_p = 0.0;
+  double norm = 1.0;  // of a row, times sqrt(head_dim)
 
   int64_t sequences() const { return int64_t{batch} * heads; }
   std::string name() const {
-    char text[160];
-    std::snprintf(text, sizeof text, "B%d H%d L%d R%d D%d %s%s%s%s%s%s%s norm %g", batch, heads,
-                  length, rounds, head_dim, dtype == DType::f16 ? "f16" : "bf16",
+    char text[200];
+    std::snprintf(text, sizeof text, "B%d H%d L%d R%d D%d %s%s%s%s%s%s%s%s dropout %g norm %g",
+                  batch, heads, length, rounds, head_dim, dtype == DType::f16 ? "f16" : "bf16",
                   causal ? " causal" : "", mask_self ? " mask_self" : "", wrap ? " wrap" : "",
                   natural_order ? " natural" : "", padding ? " padding" : "",
-                  interleaved ? " interleaved" : "", norm);
+                  interleaved ? " interleaved" : "", same_bucket ? " same_bucket" : "", dropout_p,
+                  norm);
     return text;
   }
 };
@@ -113,24 +117,12 @@ class Buffer {
   size_t bytes_;
 };
 
-// Stable sort of the positions by random buckets, as LSH attention makes it.
-std::vector<int32_t> random_orders(const Case& c, std::mt19937& generator) {
-  std::vector<int32_t> order(c.sequences() * c.rounds * c.length);
-  std::vector<int> bucket(c.length);
-  std::uniform_int_distribution<int> pick(0, std::max(1, 2 * c.length / kChunk) - 1);
-  for (int64_t line = 0; line < c.sequences() * c.rounds; ++line) {
-    for (int& b : bucket) b = pick(generator);
-    const auto begin = order.begin() + line * c.length;
-    std::iota(begin, begin + c.length, 0);
-    std::stable_sort(begin, begin + c.length, [&](int a, int b) { return bucket[a] < bucket[b]; });
-  }
-  return order;
-}
+constexpr int64_t kDropoutSeed = 0x123456789abcdef;
 
 struct Problem {
   Case c;
   std::vector<uint16_t> q, v, grad_out;  // in the case's memory layout
-  std::vector<int32_t> order;
+  std::vector<int32_t> order, buckets;
   std::vector<uint8_t> padding;
   HeadsView view;  // strides of q, v, grad_out
 
@@ -149,7 +141,7 @@ struct Problem {
     fill(q, c.norm);
     fill(v, 1.0);
     fill(grad_out, 1.0);
-    if (!c.natural_order) order = random_orders(c, generator);
+    sort_by_buckets(generator);
     if (c.padding) {
       padding.resize(int64_t{c.batch} * c.length);
       for (uint8_t& bit : padding) bit = generator() % 4 == 0;
@@ -157,6 +149,21 @@ struct Problem {
     const int64_t row = c.interleaved ? int64_t{c.heads} * c.head_dim : c.head_dim;
     view = {nullptr, c.length * c.head_dim * int64_t{c.heads},
             c.interleaved ? c.head_dim : int64_t{c.length} * c.head_dim, row};
+  }
+  // Random buckets, and the positions sorted by them, as LSH attention makes both.
+  void sort_by_buckets(std::mt19937& generator) {
+    std::uniform_int_distribution<int> pick(0, std::max(1, 2 * c.length / kChunk) - 1);
+    buckets.resize(c.sequences() * c.rounds * c.length);
+    for (int& b : buckets) b = pick(generator);
+    if (c.natural_order) return;
+    order.resize(buckets.size());
+    for (int64_t line = 0; line < c.sequences() * c.rounds; ++line) {
+      const auto begin = order.begin() + line * c.length;
+      const int* bucket = &buckets[line * c.length];
+      std::iota(begin, begin + c.length, 0);
+      std::stable_sort(begin, begin + c.length,
+                       [&](int a, int b) { return bucket[a] < bucket[b]; });
+    }
   }
   // Row of sequence s at position i.
   int64_t row(int64_t s, int64_t i) const {
@@ -194,6 +201,13 @@ Reference reference(const Problem& problem) {
     const auto position = [&](int round, int slot) {
       return c.natural_order ? slot : problem.order[(s * R + round) * L + slot];
     };
+    const auto bucket = [&](int round, int i) { return problem.buckets[(s * R + round) * L + i]; };
+    const uint32_t threshold = reformer::dropout_threshold(c.dropout_p);
+    const auto dropout_factor = [&](int round, int i, int j) {
+      const uint32_t key =
+          reformer::dropout_row_key(kDropoutSeed, static_cast<uint32_t>(s), round, i);
+      return reformer::dropout_word(key, j) < threshold ? 0.0 : 1 / (1 - c.dropout_p);
+    };
     const auto dot = [&](const double* a, const double* b) {
       double sum = 0;
       for (int d = 0; d < D; ++d) sum += a[d] * b[d];
@@ -220,6 +234,10 @@ Reference reference(const Problem& problem) {
               if ((padding != nullptr && padding[j]) || (c.causal && j > i) ||
                   (c.mask_self && j == i))
                 continue;
+              const int round = line / chunks;
+              if (c.same_bucket &&
+                  (other / chunks != round || bucket(round, i) != bucket(round, j)))
+                continue;
               visit(line / chunks, other / chunks, i, j);
             }
           }
@@ -237,7 +255,8 @@ Reference reference(const Problem& problem) {
     for_each_pair([&](int round, int, int i, int j) {
       const double p = std::exp(logit(i, j) - maximum[round * L + i]);
       sum[round * L + i] += p;
-      for (int d = 0; d < D; ++d) ref.out[at(round, i) * D + d] += p * v[j * D + d];
+      const double kept = p * dropout_factor(round, i, j);
+      for (int d = 0; d < D; ++d) ref.out[at(round, i) * D + d] += kept * v[j * D + d];
     });
     std::vector<double> lse(L, -infinity);
     for (int i = 0; i < L; ++i) {
@@ -262,9 +281,11 @@ Reference reference(const Problem& problem) {
     std::vector<double> grad_k(int64_t{R} * L * D, 0.0);
     for_each_pair([&](int query_round, int key_round, int i, int j) {
       const double p = std::exp2(logit(i, j) / std::log(2.0) - lse[i]);
-      const double ds = p * (dot(&grad[i * D], &v[j * D]) - ref.stats[s * L + i].delta) * scale;
+      const double factor = dropout_factor(query_round, i, j);
+      const double grad_p = factor * dot(&grad[i * D], &v[j * D]);
+      const double ds = p * (grad_p - ref.stats[s * L + i].delta) * scale;
       for (int d = 0; d < D; ++d) {
-        ref.grad_v[at(key_round, j) * D + d] += p * grad[i * D + d];
+        ref.grad_v[at(key_round, j) * D + d] += p * factor * grad[i * D + d];
         ref.grad_q[at(query_round, i) * D + d] += ds * key[j * D + d];
         grad_k[(int64_t{key_round} * L + j) * D + d] += ds * q[i * D + d];
       }
@@ -284,8 +305,8 @@ Reference reference(const Problem& problem) {
 
 // Device copies of a problem, and the parameters that name them.
 struct Device {
-  Buffer q, v, grad_out, order, padding, key_scale, stats, partial_out, partial_lse, partial_q,
-      partial_v;
+  Buffer q, v, grad_out, order, buckets, seed, padding, key_scale, stats, partial_out, partial_lse,
+      partial_q, partial_v;
   ChunkedAttentionBackwardParams params{};
   ForwardStage forward{};
   BackwardStage backward{};
@@ -295,6 +316,8 @@ struct Device {
         v(p.v),
         grad_out(p.grad_out),
         order(p.order),
+        buckets(p.buckets),
+        seed(std::vector<int64_t>{kDropoutSeed}),
         padding(p.padding),
         key_scale(scales),
         stats(row_stats),
@@ -312,6 +335,9 @@ struct Device {
     params.v = view(v);
     params.grad_out = view(grad_out);
     params.order = c.natural_order ? nullptr : static_cast<const int32_t*>(order.data());
+    params.buckets = c.same_bucket ? static_cast<const int32_t*>(buckets.data()) : nullptr;
+    params.dropout_p = c.dropout_p;
+    params.dropout_seed = c.dropout_p > 0 ? static_cast<const int64_t*>(seed.data()) : nullptr;
     params.key_padding_mask = c.padding ? static_cast<const bool*>(padding.data()) : nullptr;
     params.dtype = c.dtype;
     params.batch = c.batch, params.heads = c.heads, params.length = c.length;
@@ -464,10 +490,26 @@ int main(int argc, char** argv) {
           with(base, [&](Case& c) { c.length = 300, c.padding = true, c.head_dim = head_dim; }), 7);
       passed = check(problem, reference(problem)) && passed;
     }
+    const Problem masked(with(base,
+                              [](Case& c) {
+                                c.length = 300, c.padding = true;
+                                c.same_bucket = true, c.dropout_p = 0.1;
+                              }),
+                         8);
+    passed = check(masked, reference(masked)) && passed;
     return passed ? 0 : 1;
   }
   if (mode == "main") {
     for (const int head_dim : {64, 128}) time_case({1, 8, 65536, 8, head_dim});
+  }
+  if (mode == "masks") {
+    for (const int head_dim : {64, 32}) {
+      const Case plain{1, 8, 65536, 8, head_dim};
+      time_case(plain);
+      time_case(with(plain, [](Case& c) { c.same_bucket = true; }));
+      time_case(with(plain, [](Case& c) { c.dropout_p = 0.1; }));
+      time_case(with(plain, [](Case& c) { c.same_bucket = true, c.dropout_p = 0.1; }));
+    }
   }
   if (mode == "time") {
     for (const int head_dim : {64, 128}) {
@@ -526,6 +568,25 @@ int main(int argc, char** argv) {
         cases.push_back(with(typed, [](Case& c) { c.norm = c.dtype == DType::f16 ? 2.75 : 28; }));
         cases.push_back(with(typed, [](Case& c) { c.norm = 0.01; }));
         if (head_dim == 128) continue;
+        for (const int masked_dim : {32, 64}) {
+          for (const bool same_bucket : {true, false}) {
+            for (const double dropout_p : {0.0, 0.1, 0.6}) {
+              if (!same_bucket && dropout_p == 0.0) continue;
+              const Case masked = with(typed, [&](Case& c) {
+                c.head_dim = masked_dim, c.same_bucket = same_bucket, c.dropout_p = dropout_p;
+              });
+              cases.push_back(masked);
+              cases.push_back(with(masked, [](Case& c) { c.length = 333, c.wrap = false; }));
+              cases.push_back(with(masked, [](Case& c) {
+                c.batch = 2, c.length = 700, c.padding = true, c.mask_self = false;
+              }));
+              cases.push_back(with(masked, [](Case& c) {
+                c.natural_order = true, c.rounds = 1, c.length = 500, c.norm = 30;
+              }));
+              cases.push_back(with(masked, [](Case& c) { c.length = 65, c.interleaved = true; }));
+            }
+          }
+        }
         cases.push_back(with(typed, [](Case& c) { c.head_dim = 32, c.length = 700; }));
         cases.push_back(
             with(typed, [](Case& c) { c.head_dim = 32, c.interleaved = true, c.padding = true; }));

@@ -591,6 +591,34 @@ std::vector<Case> corners() {
       c.look_ahead = 2;
       cases.push_back(c);
     }
+    for (const int64_t head_dim : {32, 64}) {  // masks that the wgmma instances know
+      for (const bool causal : {true, false}) {
+        for (const bool bucketed : {true, false}) {
+          for (const bool wrap : {true, false}) {
+            Case c = base;
+            c.head_dim = head_dim;
+            c.causal = causal;
+            c.wrap = wrap;
+            c.bucketed = bucketed;
+            if (bucketed) cases.push_back(c);
+            c.dropout_p = 0.25f;
+            cases.push_back(c);
+            c.padded = c.transposed = true;
+            c.mask_self = false;
+            cases.push_back(c);
+            c = base;
+            c.head_dim = head_dim;
+            c.causal = causal;
+            c.wrap = wrap;
+            c.correct_duplicates = true;
+            c.bucketed = bucketed;
+            cases.push_back(c);
+            c.dropout_p = 0.25f;
+            cases.push_back(c);
+          }
+        }
+      }
+    }
     for (const int64_t head_dim : {64, 128}) {  // flags that the wgmma instances know
       Case c = base;
       c.head_dim = head_dim;
