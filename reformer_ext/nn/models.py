@@ -528,9 +528,8 @@ class Reformer(nn.Module):
                 raise ValueError("Reformer: expected no key_padding_mask after the prompt, got one")
             positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
             rotary = None if self.rotary is None else self.rotary.at(positions[:, None])
-            common = {"rotary": rotary, "cache_lengths": cache.lengths}
             x = self._embed(tokens, at=positions)
-            hidden = self._run(x, [{**common, "cache": layer} for layer in cache.layers])
+            hidden = self._run(x, [{"rotary": rotary, **step} for step in cache.steps(length)])
             cache.extend(torch.full_like(cache.lengths, length), length)
             return hidden
 
