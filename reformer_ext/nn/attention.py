@@ -425,14 +425,15 @@ class LocalSelfAttention(_Attention):
         dropout_seed: int | Tensor | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
         cache: LocalCache | None = None,
-        cache_lengths: Tensor | None = None,
+        cache_windows: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`."""
+        """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`, but for
+        cache_windows, from :meth:`LocalCache.windows`, in place of cache_lengths."""
         q, k, v = self._project_in(x)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        if cache is not None and cache_lengths is not None:
-            return self._project_out(cache.attend(q, k, v, cache_lengths, scale=self.scale))
+        if cache is not None and cache_windows is not None:
+            return self._project_out(cache.attend(q, k, v, cache_windows, scale=self.scale))
         if cache is not None:
             cache.append(k, v, _prompt_lengths(x, key_padding_mask))
         attend = (

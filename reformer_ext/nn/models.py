@@ -525,9 +525,9 @@ class Reformer(nn.Module):
                 raise ValueError("Reformer: expected no key_padding_mask after the prompt, got one")
             positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
             rotary = None if self.rotary is None else self.rotary.at(positions[:, None])
-            common = {"rotary": rotary, "cache_lengths": cache.lengths}
             x = self._embed(tokens, at=positions)
-            hidden = self._run(x, _cached_kwargs(common, cache, cross_caches))
+            kwargs = _cached_kwargs({"rotary": rotary}, cache.steps(length), cross_caches)
+            hidden = self._run(x, kwargs)
             cache.extend(torch.full_like(cache.lengths, length), length)
             return hidden
 
@@ -544,7 +544,8 @@ class Reformer(nn.Module):
         x, key_padding_mask = self._pad(self._embed(tokens), key_padding_mask)
         rotary = None if self.rotary is None else self.rotary(x.shape[1], x.device)
         common = {"rotary": rotary, "key_padding_mask": key_padding_mask}
-        hidden = self._unpad(self._run(x, _cached_kwargs(common, cache, cross_caches)), length)
+        steps = [{"cache": layer} for layer in cache.layers]
+        hidden = self._unpad(self._run(x, _cached_kwargs(common, steps, cross_caches)), length)
         cache.extend(lengths, length)
         return hidden if order is None else _take(hidden, order.argsort(dim=1))
 
@@ -752,10 +753,12 @@ def lm_head(config: ReformerConfig) -> nn.Linear | None:
 
 
 def _cached_kwargs(
-    common: Mapping[str, Any], cache: DecodingCache, cross_caches: Sequence[nn.Module]
+    common: Mapping[str, Any],
+    steps: Sequence[Mapping[str, Any]],
+    cross_caches: Sequence[nn.Module],
 ) -> list[dict[str, Any]]:
     """What each attention layer gets beside x, an encoder-decoder's for both attentions."""
-    result = [{**common, "cache": layer} for layer in cache.layers]
+    result = [{**common, **step} for step in steps]
     if not cross_caches:
         return result
     return [
