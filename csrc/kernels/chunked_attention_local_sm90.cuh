@@ -198,6 +198,15 @@ __device__ __forceinline__ void scale_rows(float (&output)[kHalves][kGroups][4],
   }
 }
 
+// Clears the thread's columns of one of its two rows.
+template <int kHalves, int kGroups>
+__device__ __forceinline__ void clear_row(float (&output)[kHalves][kGroups][4], int row) {
+#pragma unroll
+  for (int i = 0; i < kHalves * kGroups * 4; ++i) {
+    if (i % 4 / 2 == row) output[i / 4 / kGroups][i / 4 % kGroups][i % 4] = 0.0F;
+  }
+}
+
 // Sets the scores of a tile of queries with a tile of keys, rows and columns, to -inf where the
 // query may not attend: to itself under mask_self, to later positions if causal, to kInvalidKey.
 __device__ __forceinline__ void mask_scores(Accumulator& scores, const TileLine& line,
@@ -218,7 +227,7 @@ __device__ __forceinline__ void mask_scores(Accumulator& scores, const TileLine&
 
 // ---- Results
 
-// Adds factor times the thread's columns of a row in global memory, `row` being 0 or 1 of its two.
+// Adds the thread's columns of a row in global memory to one of its two rows.
 template <typename Element, int kHeadDim>
 __device__ __forceinline__ void add_row(Output<kHeadDim>& output, int row, const uint8_t* source,
                                         uint32_t thread) {
@@ -230,11 +239,8 @@ __device__ __forceinline__ void add_row(Output<kHeadDim>& output, int row, const
       const uint32_t column = half * 64 + 8 * j + thread % 4 * 2;
       const float2 pair =
           unpack<Element>(*reinterpret_cast<const uint32_t*>(source + column * sizeof(Element)));
-      // `row` is not known to the compiler: both rows are written, one with what it was.
-      output[half][j][0] += row == 0 ? pair.x : 0.0F;
-      output[half][j][1] += row == 0 ? pair.y : 0.0F;
-      output[half][j][2] += row == 1 ? pair.x : 0.0F;
-      output[half][j][3] += row == 1 ? pair.y : 0.0F;
+      output[half][j][2 * row] += pair.x;
+      output[half][j][2 * row + 1] += pair.y;
     }
   }
 }
