@@ -13,6 +13,7 @@
 namespace reformer::kernels::sm90::local {
 
 inline constexpr int kWarpgroupThreads = 128;
+inline constexpr int kCopyThreads = 256;  // of blocks that have more: rows divide among these
 
 // Tiles [begin, end). With wrap it may begin before tile 0 or end past the last one:
 // TileLine::fold.
@@ -26,6 +27,7 @@ struct TileLine {
   int length, tiles, chunk_tiles, chunks, look_back, look_ahead;
   bool wrap, causal, mask_self;
 
+  __device__ int64_t padded_length() const { return int64_t{tiles} * kTileRows; }
   __device__ int fold(int tile) const {
     return tile < 0 ? tile + tiles : tile >= tiles ? tile - tiles : tile;
   }

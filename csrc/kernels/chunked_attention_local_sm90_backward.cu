@@ -22,8 +22,6 @@ struct BackwardArgs {
   TileLine line;
   int heads;
   float scale, scale_log2;  // scale_log2: scale * log2(e)
-
-  __device__ int64_t padded_length() const { return int64_t{line.tiles} * kTileRows; }
 };
 
 // By registers: four warpgroups to a multiprocessor with 128 each, or three with 168.
@@ -33,7 +31,6 @@ struct QueryShape : Shape<kHeadDim> {
   static constexpr int kGroups = kWide ? 3 : 2;          // warpgroups
   static constexpr int kResidentBlocks = kWide ? 1 : 2;  // per multiprocessor
   static constexpr int kThreads = kGroups * kWarpgroupThreads;
-  static constexpr int kCopyThreads = 256;
   static constexpr int kStages = kWide ? 3 : 4;  // of the ring
 };
 
@@ -96,7 +93,7 @@ struct OutputRows {
                                          int64_t head, int first_row, float* shared_lse,
                                          float* shared_delta, uint32_t thread) const {
     const uint32_t piece = thread % kPieces;
-    float* const stats = args.stats + 2 * head * args.padded_length() + first_row;
+    float* const stats = args.stats + 2 * head * args.line.padded_length() + first_row;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int tile_row = row(pass, thread);
@@ -121,7 +118,7 @@ struct OutputRows {
       const float row_lse = real && has_keys ? lse[pass] * kLog2E : INFINITY;
       const float row_delta = real ? sum - grad_lse[pass] : 0.0F;
       shared_lse[tile_row] = stats[tile_row] = row_lse;
-      shared_delta[tile_row] = stats[args.padded_length() + tile_row] = row_delta;
+      shared_delta[tile_row] = stats[args.line.padded_length() + tile_row] = row_delta;
     }
   }
 };
@@ -155,9 +152,9 @@ __global__ void __launch_bounds__(QueryShape<kHeadDim>::kThreads,
   const int steps = line.keys_of(min(first_tile + kGroups, line.tiles) - 1).end - begin;
   const auto copy = [&](TileBytes<kHeadDim>& destination, const uint8_t* rows, int row_bytes,
                         int first_row) {
-    if (Tile::kThreads > Tile::kCopyThreads && threadIdx.x >= Tile::kCopyThreads) return;
-    copy_tile<kHeadDim, Tile::kCopyThreads>(shared_address(destination), rows, row_bytes, first_row,
-                                            line.length, threadIdx.x);
+    if (Tile::kThreads > kCopyThreads && threadIdx.x >= kCopyThreads) return;
+    copy_tile<kHeadDim, kCopyThreads>(shared_address(destination), rows, row_bytes, first_row,
+                                      line.length, threadIdx.x);
   };
   const auto load_keys = [&](int step) {
     if (step < steps) {
@@ -256,10 +253,11 @@ __global__ void __launch_bounds__(QueryShape<kHeadDim>::kThreads,
 }
 
 // P^T = exp2(logits - lse) from S^T = K Q^T, in place. Rows are keys, columns queries.
-__device__ __forceinline__ void recompute_weights(Accumulator& scores, const float* lse,
+template <int kGroups>
+__device__ __forceinline__ void recompute_weights(float (&scores)[kGroups][4], const float* lse,
                                                   float scale_log2, uint32_t thread) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < kGroups; ++j) {
     const float2 pair = *reinterpret_cast<const float2*>(&lse[8 * j + thread % 4 * 2]);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -299,7 +297,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, KeyShape<kHeadDim>::kReside
   const int head = blockIdx.y, batch = head / args.heads, head_in_batch = head % args.heads;
   const uint8_t* q = args.q.head(batch, head_in_batch);
   const uint8_t* grad_out = args.grad_out.head(batch, head_in_batch);
-  const float* stats = args.stats + 2 * head * args.padded_length();
+  const float* stats = args.stats + 2 * head * args.line.padded_length();
 
   const Span span = line.queries_of(tile);
   const int steps = span.end - span.begin;
@@ -317,7 +315,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, KeyShape<kHeadDim>::kReside
       if (thread < 2 * kPieces) {
         const uint32_t offset = thread % kPieces * 4;
         float* const destination = thread < kPieces ? shared.lse[stage] : shared.delta[stage];
-        const float* const source = thread < kPieces ? stats : stats + args.padded_length();
+        const float* const source = thread < kPieces ? stats : stats + args.line.padded_length();
         copy_async<16>(shared_address(destination + offset), source + first_row + offset);
       }
     }

@@ -16,9 +16,7 @@ struct ForwardShape : Shape<kHeadDim> {
   static constexpr int kGroups = kWide ? 3 : 2;          // warpgroups
   static constexpr int kResidentBlocks = kWide ? 1 : 2;  // per multiprocessor
   static constexpr int kThreads = kGroups * kWarpgroupThreads;
-  static constexpr int kCopyThreads = 256;
   static constexpr int kStages = 4;  // of the ring
-  static constexpr bool kQueriesInRegisters = !kWide;
 };
 
 struct ForwardArgs {
@@ -78,6 +76,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
 #ifdef REFORMER_SM90A
   using Tile = ForwardShape<kHeadDim>;
   constexpr int kGroups = Tile::kGroups, kStages = Tile::kStages;
+  constexpr bool kQueriesInRegisters = !Tile::kWide;
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<ForwardShared<kHeadDim>*>(shared_bytes);
   const TileLine& line = args.line;
@@ -99,9 +98,9 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
   const int steps = line.keys_of(min(first_tile + kGroups, line.tiles) - 1).end - begin;
   const auto copy = [&](TileBytes<kHeadDim>& destination, const uint8_t* rows, int row_bytes,
                         int first_row) {
-    if (Tile::kThreads > Tile::kCopyThreads && threadIdx.x >= Tile::kCopyThreads) return;
-    copy_tile<kHeadDim, Tile::kCopyThreads>(shared_address(destination), rows, row_bytes, first_row,
-                                            line.length, threadIdx.x);
+    if (Tile::kThreads > kCopyThreads && threadIdx.x >= kCopyThreads) return;
+    copy_tile<kHeadDim, kCopyThreads>(shared_address(destination), rows, row_bytes, first_row,
+                                      line.length, threadIdx.x);
   };
   const auto load_keys = [&](int step) {
     if (step < steps) {
@@ -127,7 +126,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
 
   const uint32_t queries = shared_address(shared.queries[group]);
   [[maybe_unused]] Fragments query[Tile::kHalves];
-  if constexpr (Tile::kQueriesInRegisters) {
+  if constexpr (kQueriesInRegisters) {
 #pragma unroll
     for (int half = 0; half < Tile::kHalves; ++half) {
       load_fragments(query[half], queries + half * kTileBytes, thread);
@@ -148,7 +147,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
     Accumulator scores;
     wgmma_fence();
     const uint32_t keys = tile_descriptor(shared_address(shared.keys[stage]));
-    if constexpr (Tile::kQueriesInRegisters) {
+    if constexpr (kQueriesInRegisters) {
       multiply_rows<Element, kHeadDim>(scores, query, keys);
     } else {
       multiply_rows<Element, kHeadDim>(scores, tile_descriptor(queries), keys);
@@ -168,7 +167,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
     wgmma_wait<0>();
     pin(output);
   }
-  if constexpr (!Tile::kQueriesInRegisters) __syncthreads();  // their memory takes the result
+  if constexpr (!kQueriesInRegisters) __syncthreads();  // their memory takes the result
   if (tile >= line.tiles) return;
 
   float inverse_sums[2];
