@@ -499,19 +499,21 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm
 }  // namespace
 
 int64_t chunked_attention_forward_workspace(const ChunkedAttentionParams& params) {
-  if (!is_valid(params)) return 0;
+  if (!is_valid(params) || local_sm90_supports(params)) return 0;
   const bool sm90 = sm90_supports(params);
   return ForwardWorkspace(params, forward_group(params, sm90), sm90, nullptr).bytes;
 }
 
 int64_t chunked_attention_backward_workspace(const ChunkedAttentionBackwardParams& params) {
   if (!is_valid(params)) return 0;
+  if (local_sm90_supports(params)) return local_sm90_backward_workspace(params);
   const bool sm90 = sm90_supports(params);
   return BackwardWorkspace(params, backward_group(params, sm90), sm90, nullptr).bytes;
 }
 
 cudaError_t chunked_attention_forward(const ChunkedAttentionParams& params, cudaStream_t stream) {
   if (!is_valid(params)) return cudaErrorInvalidValue;
+  if (local_sm90_supports(params)) return local_sm90_forward(params, stream);
   const bool sm90 = sm90_supports(params);
   const int64_t heads = params.batch * params.heads, group = forward_group(params, sm90);
   for (int64_t head = 0; head < heads; head += group) {
@@ -525,6 +527,7 @@ cudaError_t chunked_attention_forward(const ChunkedAttentionParams& params, cuda
 cudaError_t chunked_attention_backward(const ChunkedAttentionBackwardParams& params,
                                        cudaStream_t stream) {
   if (!is_valid(params)) return cudaErrorInvalidValue;
+  if (local_sm90_supports(params)) return local_sm90_backward(params, stream);
   const bool sm90 = sm90_supports(params);
   const int64_t heads = params.batch * params.heads, group = backward_group(params, sm90);
   for (int64_t head = 0; head < heads; head += group) {
