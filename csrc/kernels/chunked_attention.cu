@@ -17,6 +17,7 @@ namespace {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int kThreads = 256;
+constexpr int kFewLanes = 4, kManyLanes = 8;  // per position; the few where one piece each is a row
 
 using Words = uint4;  // 16 bytes of a row, as loaded
 
@@ -257,7 +258,8 @@ template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     reduce_kernel(const __grid_constant__ ChunkedAttentionBackwardParams params,
                   const __grid_constant__ BackwardStage stage) {
-  constexpr int kStep = kLanes * Piece<T>::kSize, kPieces = 256 / kStep;
+  constexpr int kStep = kLanes * Piece<T>::kSize;
+  constexpr int kPieces = kLanes == kFewLanes ? 1 : 256 / kStep;
   wait_for_previous_kernel();
   const Position<kLanes> position(params, stage.head_begin);
   const int rounds = static_cast<int>(params.rounds), head_dim = static_cast<int>(params.head_dim);
@@ -330,9 +332,9 @@ cudaError_t launch_positions(const ChunkedAttentionParams& params, int64_t head_
   };
   const auto by_lanes = [&](auto element) {
     constexpr int kPieceBytes = 16;
-    return params.head_dim * element_size(params.dtype) <= 4 * kPieceBytes
-               ? launch(element, std::integral_constant<int, 4>{})
-               : launch(element, std::integral_constant<int, 8>{});
+    return params.head_dim * element_size(params.dtype) <= kFewLanes * kPieceBytes
+               ? launch(element, std::integral_constant<int, kFewLanes>{})
+               : launch(element, std::integral_constant<int, kManyLanes>{});
   };
   switch (params.dtype) {
     case DType::f32:
