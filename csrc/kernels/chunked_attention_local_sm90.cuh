@@ -214,16 +214,24 @@ __device__ __forceinline__ void clear_row(float (&output)[kHalves][kGroups][4], 
 __device__ __forceinline__ void mask_scores(Accumulator& scores, const TileLine& line,
                                             const int* key_positions, int upper_query,
                                             uint32_t thread) {
+  const auto mask = [&](auto attends) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const int2 keys = *reinterpret_cast<const int2*>(&key_positions[8 * j + thread % 4 * 2]);
+    for (int j = 0; j < 8; ++j) {
+      const int2 keys = *reinterpret_cast<const int2*>(&key_positions[8 * j + thread % 4 * 2]);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int key = e % 2 == 0 ? keys.x : keys.y, query = upper_query + e / 2 * 8;
-      const int limit = line.causal ? query + 1 : kInvalidKey;
-      const bool valid = key < limit && !(line.mask_self && key == query);
-      if (!valid) scores[j][e] = -INFINITY;
+      for (int e = 0; e < 4; ++e) {
+        const int key = e % 2 == 0 ? keys.x : keys.y, query = upper_query + e / 2 * 8;
+        if (!attends(query, key)) scores[j][e] = -INFINITY;
+      }
     }
+  };
+  if (line.causal) {
+    const int reach = line.mask_self ? 0 : 1;
+    mask([&](int query, int key) { return key < query + reach; });
+  } else if (line.mask_self) {
+    mask([](int query, int key) { return key != query && key != kInvalidKey; });
+  } else {
+    mask([](int, int key) { return key != kInvalidKey; });
   }
 }
 
