@@ -287,8 +287,9 @@ __device__ __forceinline__ void store_result(const Output<kHeadDim>& output, uin
     const uint4 words =
         *reinterpret_cast<const uint4*>(tile + piece / 8 * kTileBytes + swizzled(row, piece % 8));
     const int position = first_row + static_cast<int>(row);
+    // Streamed: the inputs are read again, results are not.
     if (position < length) {
-      *indexed_address<uint4>(rows + piece * 16, position, row_bytes) = words;
+      __stcs(indexed_address<uint4>(rows + piece * 16, position, row_bytes), words);
     }
   }
   __syncwarp();

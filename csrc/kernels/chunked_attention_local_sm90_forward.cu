@@ -171,19 +171,19 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
   if (tile >= line.tiles) return;
 
   float inverse_sums[2];
-  bool self_only[2];
+  bool has_key[2], self_only[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = upper_row + 8 * half;
     const float sum = quad_sum(sums[half]);
-    const bool has_key = sum != 0.0F;  // so is NaN
-    inverse_sums[half] = has_key ? __fdividef(1.0F, sum) : 0.0F;
+    has_key[half] = sum != 0.0F;  // so is NaN
+    inverse_sums[half] = has_key[half] ? __fdividef(1.0F, sum) : 0.0F;
     self_only[half] =
-        !has_key && line.mask_self && key_position(padding, row, line.length) != kInvalidKey;
+        !has_key[half] && line.mask_self && key_position(padding, row, line.length) != kInvalidKey;
     if (thread % 4 == 0 && row < line.length) {
       constexpr float kLn2 = 0.6931471805599453F;
       const float shift = peaks[half] == -INFINITY ? 0.0F : peaks[half];  // all NaN
-      args.lse[int64_t{head} * line.length + row] = has_key ? (shift + __log2f(sum)) * kLn2
+      args.lse[int64_t{head} * line.length + row] = has_key[half] ? (shift + __log2f(sum)) * kLn2
                                                     : self_only[half] ? kSelfOnlyLse
                                                                       : -INFINITY;
     }
@@ -191,6 +191,8 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
   scale_rows(output, inverse_sums);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    if (has_key[half]) continue;
+    clear_row(output, half);  // no weights, but 0 times what was not finite
     if (!self_only[half]) continue;
     add_row<Element, kHeadDim>(
         output, half, indexed_address<uint8_t>(v, upper_row + 8 * half, args.v.row_bytes), thread);
