@@ -146,21 +146,6 @@ __device__ __forceinline__ void multiply_rows(Accumulator& scores, uint32_t a, u
   wgmma_commit();
 }
 
-// The same, A in registers.
-template <typename Element, int kHeadDim>
-__device__ __forceinline__ void multiply_rows(Accumulator& scores,
-                                              const Fragments (&a)[Shape<kHeadDim>::kHalves],
-                                              uint32_t b) {
-  using Tile = Shape<kHeadDim>;
-#pragma unroll
-  for (int i = 0; i < Tile::kHalves * Tile::kSteps; ++i) {
-    const int half = i / Tile::kSteps, k = i % Tile::kSteps;
-    wgmma_k16<Element, 0>(scores, a[half][k], b + half * (kTileBytes >> 4) + k * kStepKMajor,
-                          i > 0);
-  }
-  wgmma_commit();
-}
-
 // output += A B, all columns of B.
 template <typename Element, int kHeadDim>
 __device__ __forceinline__ void accumulate_rows(Output<kHeadDim>& output, const Fragments& a,
@@ -214,16 +199,24 @@ __device__ __forceinline__ void clear_row(float (&output)[kHalves][kGroups][4], 
 __device__ __forceinline__ void mask_scores(Accumulator& scores, const TileLine& line,
                                             const int* key_positions, int upper_query,
                                             uint32_t thread) {
+  const auto mask = [&](auto attends) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const int2 keys = *reinterpret_cast<const int2*>(&key_positions[8 * j + thread % 4 * 2]);
+    for (int j = 0; j < 8; ++j) {
+      const int2 keys = *reinterpret_cast<const int2*>(&key_positions[8 * j + thread % 4 * 2]);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int key = e % 2 == 0 ? keys.x : keys.y, query = upper_query + e / 2 * 8;
-      const int limit = line.causal ? query + 1 : kInvalidKey;
-      const bool valid = key < limit && !(line.mask_self && key == query);
-      if (!valid) scores[j][e] = -INFINITY;
+      for (int e = 0; e < 4; ++e) {
+        const int key = e % 2 == 0 ? keys.x : keys.y, query = upper_query + e / 2 * 8;
+        if (!attends(query, key)) scores[j][e] = -INFINITY;
+      }
     }
+  };
+  if (line.causal) {
+    const int reach = line.mask_self ? 0 : 1;
+    mask([&](int query, int key) { return key < query + reach; });
+  } else if (line.mask_self) {
+    mask([](int query, int key) { return key != query && key != kInvalidKey; });
+  } else {
+    mask([](int, int key) { return key != kInvalidKey; });
   }
 }
 
@@ -279,8 +272,9 @@ __device__ __forceinline__ void store_result(const Output<kHeadDim>& output, uin
     const uint4 words =
         *reinterpret_cast<const uint4*>(tile + piece / 8 * kTileBytes + swizzled(row, piece % 8));
     const int position = first_row + static_cast<int>(row);
+    // Streamed: the inputs are read again, results are not.
     if (position < length) {
-      *indexed_address<uint4>(rows + piece * 16, position, row_bytes) = words;
+      __stcs(indexed_address<uint4>(rows + piece * 16, position, row_bytes), words);
     }
   }
   __syncwarp();

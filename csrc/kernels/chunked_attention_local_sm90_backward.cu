@@ -293,8 +293,10 @@ __global__ void __launch_bounds__(kWarpgroupThreads, KeyShape<kHeadDim>::kReside
   auto& shared = *reinterpret_cast<KeyShared<kHeadDim>*>(shared_bytes);
   const TileLine& line = args.line;
 
-  const int tile = blockIdx.x;
-  const int head = blockIdx.y, batch = head / args.heads, head_in_batch = head % args.heads;
+  // Backwards: what query_kernel has read last may still be in the cache.
+  const int tile = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+  const int head = static_cast<int>(gridDim.y - 1 - blockIdx.y), batch = head / args.heads,
+            head_in_batch = head % args.heads;
   const uint8_t* q = args.q.head(batch, head_in_batch);
   const uint8_t* grad_out = args.grad_out.head(batch, head_in_batch);
   const float* stats = args.stats + 2 * head * args.line.padded_length();

@@ -2,7 +2,8 @@
 //
 // A block takes consecutive tiles of queries, one per warpgroup, and walks over the tiles of keys
 // and values that their windows cover, which come through a ring in shared memory. Online softmax
-// in base 2. Queries stay in registers, and so do the weights, as operands of O += P V.
+// in base 2. The weights stay in registers, as operands of O += P V. (Queries in registers, loaded
+// once, were miscompiled: ptxas 13.0 gave their registers to the weights.)
 #include "chunked_attention_local_sm90.cuh"
 
 namespace reformer::kernels {
@@ -76,7 +77,6 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
 #ifdef REFORMER_SM90A
   using Tile = ForwardShape<kHeadDim>;
   constexpr int kGroups = Tile::kGroups, kStages = Tile::kStages;
-  constexpr bool kQueriesInRegisters = !Tile::kWide;
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<ForwardShared<kHeadDim>*>(shared_bytes);
   const TileLine& line = args.line;
@@ -125,13 +125,6 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
   wait_for_copies_and_sync<kStages - 1>();
 
   const uint32_t queries = shared_address(shared.queries[group]);
-  [[maybe_unused]] Fragments query[Tile::kHalves];
-  if constexpr (kQueriesInRegisters) {
-#pragma unroll
-    for (int half = 0; half < Tile::kHalves; ++half) {
-      load_fragments(query[half], queries + half * kTileBytes, thread);
-    }
-  }
   Output<kHeadDim> output;
   clear(output);
   float peaks[2] = {-INFINITY, -INFINITY}, sums[2] = {0.0F, 0.0F};
@@ -146,12 +139,8 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
 
     Accumulator scores;
     wgmma_fence();
-    const uint32_t keys = tile_descriptor(shared_address(shared.keys[stage]));
-    if constexpr (kQueriesInRegisters) {
-      multiply_rows<Element, kHeadDim>(scores, query, keys);
-    } else {
-      multiply_rows<Element, kHeadDim>(scores, tile_descriptor(queries), keys);
-    }
+    multiply_rows<Element, kHeadDim>(scores, tile_descriptor(queries),
+                                     tile_descriptor(shared_address(shared.keys[stage])));
     wgmma_wait<0>();
     sm90::pin(scores);
     if (key_tile == tile || key_tile == line.tiles - 1 || padding != nullptr) {
@@ -167,23 +156,23 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
     wgmma_wait<0>();
     pin(output);
   }
-  if constexpr (!kQueriesInRegisters) __syncthreads();  // their memory takes the result
+  __syncthreads();  // the memory of the queries takes the result
   if (tile >= line.tiles) return;
 
   float inverse_sums[2];
-  bool self_only[2];
+  bool has_key[2], self_only[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = upper_row + 8 * half;
     const float sum = quad_sum(sums[half]);
-    const bool has_key = sum != 0.0F;  // so is NaN
-    inverse_sums[half] = has_key ? __fdividef(1.0F, sum) : 0.0F;
+    has_key[half] = sum != 0.0F;  // so is NaN
+    inverse_sums[half] = has_key[half] ? __fdividef(1.0F, sum) : 0.0F;
     self_only[half] =
-        !has_key && line.mask_self && key_position(padding, row, line.length) != kInvalidKey;
+        !has_key[half] && line.mask_self && key_position(padding, row, line.length) != kInvalidKey;
     if (thread % 4 == 0 && row < line.length) {
       constexpr float kLn2 = 0.6931471805599453F;
       const float shift = peaks[half] == -INFINITY ? 0.0F : peaks[half];  // all NaN
-      args.lse[int64_t{head} * line.length + row] = has_key ? (shift + __log2f(sum)) * kLn2
+      args.lse[int64_t{head} * line.length + row] = has_key[half] ? (shift + __log2f(sum)) * kLn2
                                                     : self_only[half] ? kSelfOnlyLse
                                                                       : -INFINITY;
     }
@@ -191,6 +180,8 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
   scale_rows(output, inverse_sums);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    if (has_key[half]) continue;
+    clear_row(output, half);  // no weights, but 0 times what was not finite
     if (!self_only[half]) continue;
     add_row<Element, kHeadDim>(
         output, half, indexed_address<uint8_t>(v, upper_row + 8 * half, args.v.row_bytes), thread);
