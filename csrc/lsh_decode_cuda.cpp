@@ -137,9 +137,9 @@ void lsh_cache_append_cuda(const at::Tensor& keys, const at::Tensor& values,
   params.window = table.size(4);
   at::Tensor order, scratch;
   if (params.rows > kernels::kRowsCounted) {
-    // The sort takes a bucket that is out of range for the nearest one.
-    order =
-        bucket_sort(at::where(buckets < 0, table.size(3), buckets).to(at::kInt), table.size(3) + 1);
+    const int64_t n_buckets = table.size(3);
+    const at::Tensor wanted = at::where(buckets < 0, n_buckets, buckets).clamp_max(n_buckets);
+    order = bucket_sort(wanted.to(at::kInt), n_buckets + 1);
     scratch = at::empty_like(counts);
     params.order = order.const_data_ptr<int32_t>();
     params.scratch = scratch.mutable_data_ptr<int32_t>();
