@@ -24,6 +24,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         peer.LSHSelfAttention: _LSHSelfAttention,
         peer.LocalSelfAttention: _LocalSelfAttention,
         peer.ReformerEncoder: _Encoder,
+        peer.ReformerModel: ReformerModel,
     }
     attentions = [
         module
@@ -251,6 +252,27 @@ class _Encoder(peer.ReformerEncoder):  # type: ignore[misc]
         hidden_states = self.layer_norm(torch.cat([y1, y2], dim=-1))
         hidden_states = nn.functional.dropout(hidden_states, self.dropout, self.training)
         return peer.ReformerEncoderOutput(hidden_states, all_hidden_states, all_attentions, cache)
+
+
+class ReformerModel(peer.ReformerModel):  # type: ignore[misc]
+    """Under the name of the original, which ``save_pretrained`` writes into the configuration."""
+
+    def _pad_to_mult_of_chunk_length(
+        self,
+        input_ids: Tensor | None,
+        *args: Any,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        padded = super()._pad_to_mult_of_chunk_length(input_ids, *args, **kwargs)
+        if position_ids is None:
+            return padded
+        attention_mask = padded[2]
+        more = torch.arange(
+            position_ids.shape[1], attention_mask.shape[1], device=position_ids.device
+        )
+        position_ids = torch.cat([position_ids, more.expand(len(position_ids), -1)], dim=1)
+        return (*padded[:3], position_ids, *padded[4:])
 
 
 class _AttentionBlock(nn.Module):
