@@ -48,6 +48,11 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are not None: transformers 5 no longer knows ``head_mask``."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 class _LSHSelfAttention(peer.LSHSelfAttention):  # type: ignore[misc]
     def forward(
         self,
@@ -65,12 +70,12 @@ class _LSHSelfAttention(peer.LSHSelfAttention):  # type: ignore[misc]
             return super(_LSHSelfAttention, self).forward(
                 hidden_states,
                 attention_mask,
-                head_mask,
-                num_hashes,
-                buckets,
-                past_buckets_states,
-                use_cache,
-                output_attentions,
+                num_hashes=num_hashes,
+                buckets=buckets,
+                past_buckets_states=past_buckets_states,
+                use_cache=use_cache,
+                output_attentions=output_attentions,
+                **_given(head_mask=head_mask),
             )
 
         if past_buckets_states is not None and len(past_buckets_states) > self.layer_idx:
@@ -157,10 +162,10 @@ class _LocalSelfAttention(peer.LocalSelfAttention):  # type: ignore[misc]
             return super().forward(
                 hidden_states,
                 attention_mask,
-                head_mask,
-                past_buckets_states,
-                use_cache,
-                output_attentions,
+                past_buckets_states=past_buckets_states,
+                use_cache=use_cache,
+                output_attentions=output_attentions,
+                **_given(head_mask=head_mask),
             )
         q, k, v = (
             _split(self, project(hidden_states)) for project in (self.query, self.key, self.value)
@@ -218,13 +223,13 @@ class _Encoder(peer.ReformerEncoder):  # type: ignore[misc]
             return super().forward(
                 hidden_states,
                 attention_mask,
-                head_mask,
-                num_hashes,
-                past_buckets_states,
-                use_cache,
-                orig_sequence_length,
-                output_hidden_states,
-                output_attentions,
+                num_hashes=num_hashes,
+                past_buckets_states=past_buckets_states,
+                use_cache=use_cache,
+                orig_sequence_length=orig_sequence_length,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                **_given(head_mask=head_mask),
             )
         cache = peer.ReformerDynamicCache() if use_cache else None
         all_hidden_states: list[Tensor] = []
@@ -243,9 +248,10 @@ class _Encoder(peer.ReformerEncoder):  # type: ignore[misc]
             for layer in self.layers
         ]
         kwargs = {"attention_mask": attention_mask, "num_hashes": num_hashes}
+        head_masks = [None] * len(blocks) if head_mask is None else head_mask
         y1, y2 = ReversibleStack(blocks)(
             hidden_states,
-            f_kwargs=[{**kwargs, "head_mask": layer_head_mask} for layer_head_mask in head_mask],
+            f_kwargs=[{**kwargs, **_given(head_mask=mask)} for mask in head_masks],
         )
         if output_hidden_states:
             all_hidden_states.append(y2)
