@@ -144,7 +144,7 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turns the pairs ``(x[d], x[d + D/2])`` by the angles of :class:`RotaryPositions`.
 
     Args:
-        x: ``(B, H, L, D)``.
+        x: ``(..., B, H, L, D)``.
         rotary: its factors, ``(L, D)`` or with dimensions before that broadcast.
 
     Returns:
