@@ -192,7 +192,7 @@ class LocalCache(_RowCache):
             first = (last // self.chunk_size - self.look_back) * self.chunk_size
             outside = positions < first.clamp(min=0)[:, None]
             bias = torch.zeros_like(positions, dtype=self.keys.dtype)
-            bias = bias.masked_fill(outside, -math.inf)
+            bias.masked_fill_(outside, -math.inf)
             result.append(((last % self.keys.shape[2])[:, None], bias[:, None]))
         return result
 
@@ -349,7 +349,7 @@ class DecodingCache(nn.Module):
                 result.append({"cache": layer, "cache_lengths": self.lengths})
         return result
 
-    def extend(self, lengths: Tensor, longest: int) -> None:
+    def extend(self, lengths: Tensor | int, longest: int) -> None:
         """Records that sequences have grown by ``lengths (B,)``, none by more than ``longest``."""
         self.lengths.add_(lengths)
         if not self.filled:

@@ -528,7 +528,7 @@ class Reformer(nn.Module):
             x = self._embed(tokens, at=positions)
             kwargs = _cached_kwargs({"rotary": rotary}, cache.steps(length), cross_caches)
             hidden = self._run(x, kwargs)
-            cache.extend(torch.full_like(cache.lengths, length), length)
+            cache.extend(length, length)
             return hidden
 
         cache.reset()  # of what a prompt that failed halfway may have left
