@@ -527,7 +527,8 @@ class Reformer(nn.Module):
             rotary = None if self.rotary is None else self.rotary.at(positions[:, None])
             common = {"rotary": rotary, "cache_lengths": cache.lengths}
             x = self._embed(tokens, at=positions)
-            hidden = self._run(x, _cached_kwargs(common, cache, cross_caches))
+            steps = [{**common, "cache": layer} for layer in cache.layers]
+            hidden = self._run(x, _with_cross(steps, cross_caches))
             cache.extend(torch.full_like(cache.lengths, length), length)
             return hidden
 
@@ -544,7 +545,8 @@ class Reformer(nn.Module):
         x, key_padding_mask = self._pad(self._embed(tokens), key_padding_mask)
         rotary = None if self.rotary is None else self.rotary(x.shape[1], x.device)
         common = {"rotary": rotary, "key_padding_mask": key_padding_mask}
-        hidden = self._unpad(self._run(x, _cached_kwargs(common, cache, cross_caches)), length)
+        prompts = [{**common, "cache": layer} for layer in cache.layers]
+        hidden = self._unpad(self._run(x, _with_cross(prompts, cross_caches)), length)
         cache.extend(lengths, length)
         return hidden if order is None else _take(hidden, order.argsort(dim=1))
 
@@ -766,16 +768,15 @@ def lm_head(config: ReformerConfig) -> nn.Linear | None:
     return head
 
 
-def _cached_kwargs(
-    common: Mapping[str, Any], cache: DecodingCache, cross_caches: Sequence[nn.Module]
+def _with_cross(
+    kwargs: list[dict[str, Any]], cross_caches: Sequence[nn.Module]
 ) -> list[dict[str, Any]]:
-    """What each attention layer gets beside x, an encoder-decoder's for both attentions."""
-    result = [{**common, "cache": layer} for layer in cache.layers]
+    """What each attention layer gets beside x, in an encoder-decoder for both attentions."""
     if not cross_caches:
-        return result
+        return kwargs
     return [
-        {"self_kwargs": kwargs, "cross_kwargs": {"cache": cross}}
-        for kwargs, cross in zip(result, cross_caches, strict=True)
+        {"self_kwargs": of_self, "cross_kwargs": {"cache": cross}}
+        for of_self, cross in zip(kwargs, cross_caches, strict=True)
     ]
 
 
