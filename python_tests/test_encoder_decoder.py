@@ -774,6 +774,9 @@ def test_errors() -> None:
             ValueError, match=r"expected context_padding_mask \[2, 5\] of torch.bool"
         ):
             FullCrossAttention(12, 3)(x, context, context_padding_mask=mask)
+    data = {**batch(), "source_padding_mask": torch.zeros(2, 13).bool()}
+    with pytest.raises(ValueError, match=r"expected source_padding_mask \[2, 21\] .*\[2, 13\]"):
+        models()[0](**data)
     with pytest.raises(ValueError, match=r"Reformer: expected tokens \[B, L\], got \[5\]"):
         models()[0].decode(torch.zeros(5, dtype=torch.int64), context)
     with pytest.raises(ValueError, match="LSHCrossAttention: expected n_hashes and chunk_size"):
