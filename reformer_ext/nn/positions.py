@@ -134,8 +134,9 @@ class RotaryPositions(nn.Module):
         ``[-sin, sin]`` of the angles."""
         # In float64: a float32 angle is off by 0.06 at a million positions.
         half = self.head_dim // 2
-        options = {"base": self.base, "dtype": torch.float64, "device": positions.device}
-        frequencies = torch.logspace(0, (1 - half) / half, half, **options)  # base ** (-2 i / D)
+        frequencies = torch.logspace(  # base ** (-2 i / D)
+            0, (1 - half) / half, half, self.base, dtype=torch.float64, device=positions.device
+        )
         angles = positions.double()[..., None] * frequencies
         cos, sin = angles.cos().float(), angles.sin().float()
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
