@@ -1,5 +1,5 @@
 // Where the wgmma instances of chunked attention apply.
-#include "chunked_attention_sm90.cuh"
+#include "chunked_attention_sm90_masks.cuh"
 
 namespace reformer::kernels {
 namespace sm90 {
@@ -31,9 +31,10 @@ bool sm90_supports(const ChunkedAttentionParams& params) {
                      params.length < (int64_t{1} << 30) &&
                      params.rounds * (params.length / 64 + 1) < (int64_t{1} << 30) &&
                      params.batch * params.heads < (int64_t{1} << 16);
-  const bool flags = sm90::is_half(params.dtype) && params.k.data == nullptr &&
-                     params.buckets == nullptr && !params.correct_duplicates &&
-                     params.dropout_p == 0.0F && params.scale > 0.0F;
+  const bool flags =
+      sm90::is_half(params.dtype) && params.k.data == nullptr && !params.correct_duplicates &&
+      (sm90::masks_of(params) == sm90::kPlain || dim <= sm90::kLargestMaskedHeadDim) &&
+      params.scale > 0.0F;
   const bool strides =
       params.q.stride_l <= sm90::kLargestRowStride && params.v.stride_l <= sm90::kLargestRowStride;
   if (!sizes || !flags || !strides) return false;

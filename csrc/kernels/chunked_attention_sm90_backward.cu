@@ -16,13 +16,21 @@ constexpr int kLongestRun = 32;
 
 enum Tile { kQ, kV, kGradOut, kTiles };
 
-struct BackwardShared {
+struct PlainShared {
   uint8_t tiles[kSlots][kTiles][kTileBytes];
   uint8_t score_gradients[2][kTileBytes];  // dS^T
   uint8_t staging[kWarps][kStagingBytes];
   RowStats stats[kSlots][kTileRows];
   int position[kPositionSlots][kTileRows];
 };
+
+// Masked instances have no registers for pointers to the head's rows.
+template <int kMasks>
+struct BackwardShared : PlainShared, MaskRows<kMasks> {
+  const uint8_t* rows[kTiles];
+};
+template <>
+struct BackwardShared<kPlain> : PlainShared, MaskRows<kPlain> {};
 
 // grad_k, projected, plus grad_q. Result in grad_k.
 template <typename Element, int kHeadDim>
@@ -47,13 +55,14 @@ __device__ __forceinline__ void add_projected(AccumulatorOf<kHeadDim>& grad_k,
   }
 }
 
-template <typename Element, int kHeadDim, bool kCausal>
+template <typename Element, int kHeadDim, bool kCausal, int kMasks>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     backward_kernel(const __grid_constant__ BackwardArgs<Element> args) {
 #ifdef REFORMER_SM90A
   wait_for_previous_kernel();
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  BackwardShared& shared = *reinterpret_cast<BackwardShared*>(shared_bytes);
+  using Shared = BackwardShared<kMasks>;
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const Line& line = args.line;
 
   const int first_chunk = blockIdx.x * args.run_length;
@@ -73,39 +82,65 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   // Chunks are numbered from the run's predecessor on. While the keys of chunk n meet the queries
   // of chunk n + 1, chunk n + 2 is copied and the positions of chunk n + 4 are loaded.
   Chunk chunk = line.at(first_chunk), ahead = line.at(first_chunk - 1);
+  // Masked instances have no registers for all the pointers that live through the loop: the first
+  // row of a round in [B * H, R, L], and of a stage's head in [head_count, R, L].
+  const auto round_begin_of = [&](int round) {
+    const int64_t rounds_before = int64_t{args.head_begin + renewed(blockIdx.y)} * line.rounds;
+    return (rounds_before + round) * line.length;
+  };
+  const auto stage_row = [&] { return int64_t{renewed(blockIdx.y)} * line.rounds * line.length; };
   const auto load_position = [&] {
     const int slot = ahead.index * kTileRows + threadIdx.x;
-    return threadIdx.x < kTileRows ? position_at(line, order, ahead.round, slot) : 0;
+    const int32_t* orders = order;
+    if constexpr (kMasks != kPlain) {
+      orders = args.order == nullptr ? nullptr : args.order + round_begin_of(0);
+    }
+    return threadIdx.x < kTileRows ? position_at(line, orders, ahead.round, slot) : 0;
   };
   const auto store_position = [&](uint32_t n, int position) {
     if (threadIdx.x < kTileRows) shared.position[n % kPositionSlots][threadIdx.x] = position;
   };
-  const auto gather = [&](uint32_t n, uint32_t rows, uint32_t thread) {
+  const auto gather = [&](uint32_t n, uint32_t rows, int round, uint32_t thread) {
     const uint32_t slot = n % kSlots;
     const auto& positions = shared.position[n % kPositionSlots];
     auto& tiles = shared.tiles[slot];
     typename Copy<kHeadDim>::Positions copied;
     read_copied_positions<kHeadDim>(copied, positions, thread);
-    gather_tile<kHeadDim>(shared_address(tiles[kQ]), q, args.q.row_bytes, copied, thread);
-    gather_tile<kHeadDim>(shared_address(tiles[kV]), v, args.v.row_bytes, copied, thread);
-    gather_tile<kHeadDim>(shared_address(tiles[kGradOut]), grad_out, args.grad_out.row_bytes,
-                          copied, thread);
+    const uint8_t* rows_of[kTiles] = {q, v, grad_out};
+    if constexpr (kMasks != kPlain) {
+      for (int tile = 0; tile < kTiles; ++tile) rows_of[tile] = shared.rows[tile];
+    }
+    gather_tile<kHeadDim>(shared_address(tiles[kQ]), rows_of[kQ], args.q.row_bytes, copied, thread);
+    gather_tile<kHeadDim>(shared_address(tiles[kV]), rows_of[kV], args.v.row_bytes, copied, thread);
+    gather_tile<kHeadDim>(shared_address(tiles[kGradOut]), rows_of[kGradOut],
+                          args.grad_out.row_bytes, copied, thread);
     if (thread < rows) {
       copy_async<16>(shared_address(&shared.stats[slot][thread]), row_stats + positions[thread]);
     } else if (thread < kTileRows) {
       shared.stats[slot][thread] = {INFINITY, 0.0F, 0.0F, 1.0F};  // past the end: no weight, no key
     }
+    if (kMasks != kPlain && thread < kTileRows) {
+      shared.fetch(args.masks, round_begin_of(round), round, slot, thread, positions[thread]);
+    }
     copy_async_commit();
   };
 
+  if constexpr (kMasks != kPlain) {
+    if (threadIdx.x == 0) {
+      shared.begin(args.masks, head);
+      shared.rows[kQ] = q;
+      shared.rows[kV] = v;
+      shared.rows[kGradOut] = grad_out;
+    }
+  }
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     store_position(n, load_position());
     ahead = line.next(ahead);
   }
   __syncthreads();
-  gather(0, line.rows(line.at(first_chunk - 1)), threadIdx.x);
-  gather(1, line.rows(chunk), threadIdx.x);
+  gather(0, line.rows(line.at(first_chunk - 1)), line.at(first_chunk - 1).round, threadIdx.x);
+  gather(1, line.rows(chunk), chunk.round, threadIdx.x);
   int pending_position = load_position();
 
   AccumulatorOf<kHeadDim> grad_q, grad_k, grad_v;
@@ -123,6 +158,21 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     const auto descriptor = [&](uint32_t slot, Tile tile) {
       return tile_descriptor(shared_address(shared.tiles[slot][tile]));
     };
+
+    PairBits bits{};
+    if constexpr (kMasks != kPlain) {
+      int bounds[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t row = upper_row + 8 * half;
+        bounds[half] =
+            key_bound<kCausal>(line, shared.position[keys % kPositionSlots][row],
+                               neighbours && shared.stats[key_slot][row].is_padding == 0.0F);
+      }
+      bits =
+          pair_bits<false, kCausal>(shared, args.masks, key_slot, query_slot, bounds,
+                                    shared.position[queries % kPositionSlots], upper_row, thread);
+    }
 
     Accumulator scores, weight_gradients;
     wgmma_fence();
@@ -145,9 +195,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     Fragments weights, gradients;
     wgmma_wait<1>();
     pin(scores);
-    recompute_weights<Element, kCausal>(weights, scores, logit_scales, gradient_scales, key_bounds,
-                                        shared.stats[query_slot],
-                                        shared.position[queries % kPositionSlots], thread);
+    const auto pairs = [&] {
+      return Pairs<false, kCausal, kMasks>(shared.position[queries % kPositionSlots], key_bounds,
+                                           bits)
+          .renewed();
+    };
+    recompute_weights<Element>(weights, scores, logit_scales, gradient_scales, pairs(),
+                               shared.stats[query_slot], thread);
     if constexpr (kWithKeyGradients) {
       wgmma_fence();
       multiply_ab<Element>(grad_v, weights, descriptor(query_slot, kGradOut), add_to_keys);
@@ -156,7 +210,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       wgmma_wait<0>();
     }
     pin(weight_gradients);
-    score_gradients<Element>(gradients, scores, weight_gradients, shared.stats[query_slot], thread);
+    score_gradients<Element>(gradients, scores, weight_gradients, pairs(), args.masks.dropout_scale,
+                             shared.stats[query_slot], thread);
     uint8_t* score_tile = shared.score_gradients[buffer];
     store_fragments(shared_address(score_tile), gradients, thread);
     if constexpr (kWithKeyGradients) {
@@ -172,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   };
 
   copy_async_wait_and_sync();
-  gather(2, line.rows(line.next(chunk)), threadIdx.x);
+  gather(2, line.rows(line.next(chunk)), line.next(chunk).round, threadIdx.x);
   attend(0, 1, line.has_previous(chunk), std::false_type{}, false, false);
   for (uint32_t n = 1; n <= steps; ++n) {
     attend(n, n, true, std::true_type{}, false, true);
@@ -185,7 +240,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     const Chunk next = line.next(chunk);
     store_position(n + 3, pending_position);
     copy_async_wait_and_sync();
-    if (n < steps) gather(n + 2, line.rows(line.next(next)), renewed(threadIdx.x));
+    if (n < steps) {
+      gather(n + 2, line.rows(line.next(next)), line.next(next).round, renewed(threadIdx.x));
+    }
     ahead = line.next(ahead);
     pending_position = load_position();
     attend(n, n + 1, line.has_previous(next), std::true_type{}, true, false);
@@ -203,9 +260,18 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     const int* positions = &shared.position[n % kPositionSlots][first_row];
     const int64_t round_begin = int64_t{chunk.round} * line.length * kHeadDim;
     const int count = line.rows(chunk) - static_cast<int>(first_row);
-    store_rows<Element, kHeadDim>(grad_k, partial_q + round_begin, positions, count,
+    Element *rows_q = partial_q, *rows_v = partial_v;
+    if constexpr (kMasks != kPlain) {
+      rows_q = args.partial_q + stage_row() * kHeadDim;
+      rows_v = args.partial_v + stage_row() * kHeadDim;
+    }
+    store_rows<Element, kHeadDim>(grad_k, rows_q + round_begin, positions, count,
                                   shared.staging[warp], thread);
-    store_rows<Element, kHeadDim>(grad_v, partial_v + round_begin, positions, count,
+    if constexpr (kMasks & kDropout) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) grad_v[i / 4][i % 4] *= args.masks.dropout_scale;
+    }
+    store_rows<Element, kHeadDim>(grad_v, rows_v + round_begin, positions, count,
                                   shared.staging[warp], thread);
     chunk = next;
   }
@@ -213,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 #endif
 }
 
-template <typename Element, int kHeadDim, bool kCausal>
+template <typename Element, int kHeadDim, bool kCausal, int kMasks>
 cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
                             const BackwardStage& stage, cudaStream_t stream) {
   DeviceTraits traits{};
@@ -224,8 +290,8 @@ cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
   const int run = run_length(stage.head_count, line_chunks,
                              traits.multiprocessors * kResidentBlocks, kLongestRun);
   const BackwardArgs<Element> args(params, stage, run);
-  const auto kernel = backward_kernel<Element, kHeadDim, kCausal>;
-  constexpr int kSharedBytes = sizeof(BackwardShared);
+  const auto kernel = backward_kernel<Element, kHeadDim, kCausal, kMasks>;
+  constexpr int kSharedBytes = sizeof(BackwardShared<kMasks>);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid((line_chunks + run - 1) / run, static_cast<unsigned>(stage.head_count));
@@ -239,7 +305,10 @@ cudaError_t sm90_backward(const ChunkedAttentionBackwardParams& params, const Ba
                           cudaStream_t stream) {
   if (params.head_dim == 128) return sm90::backward_128(params, stage, stream);
   return sm90::dispatch<32, 64>(params, [&](auto element, auto head_dim, auto causal) {
-    return sm90::launch_backward<decltype(element), head_dim(), causal()>(params, stage, stream);
+    return sm90::dispatch_masks<head_dim()>(params, [&](auto masks) {
+      return sm90::launch_backward<decltype(element), head_dim(), causal(), masks()>(params, stage,
+                                                                                     stream);
+    });
   });
 }
 

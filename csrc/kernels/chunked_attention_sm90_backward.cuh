@@ -2,7 +2,7 @@
 // for head dims up to 64, chunked_attention_sm90_backward_128.cu for 128.
 #pragma once
 
-#include "chunked_attention_sm90.cuh"
+#include "chunked_attention_sm90_masks.cuh"
 
 namespace reformer::kernels::sm90 {
 
@@ -16,6 +16,7 @@ struct BackwardArgs {
   Line line;
   int heads, head_begin, run_length;
   float scale, scale_log2;  // scale_log2: scale * log2(e)
+  MaskArgs masks;
 
   BackwardArgs(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
                int run_length)
@@ -31,7 +32,8 @@ struct BackwardArgs {
         head_begin(static_cast<int>(stage.head_begin)),
         run_length(run_length),
         scale(params.scale),
-        scale_log2(params.scale * kLog2E) {}
+        scale_log2(params.scale * kLog2E),
+        masks(params) {}
 };
 
 // causal: a query attends if its position is greater; else unless it is equal.
@@ -53,38 +55,40 @@ __device__ __forceinline__ float gradient_scale(float key_scale, float scale) {
 }
 
 // P^T = exp2(logits - lse) from S^T = K Q^T: to `weights` as an operand, to `scores` times the
-// key's gradient factor. Rows are keys, columns queries.
-template <typename Element, bool kCausal>
+// key's gradient factor. Rows are keys, columns queries. Dropout is for the operand alone.
+template <typename Element, bool kCausal, int kMasks>
 __device__ __forceinline__ void recompute_weights(Fragments& weights, Accumulator& scores,
                                                   const float (&logit_scales)[2],
                                                   const float (&gradient_scales)[2],
-                                                  const int (&key_bounds)[2],
-                                                  const RowStats* query_stats,
-                                                  const int* query_positions, uint32_t thread) {
+                                                  const Pairs<false, kCausal, kMasks>& pairs,
+                                                  const RowStats* query_stats, uint32_t thread) {
   const uint32_t quad_column = thread % 4 * 2;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const uint32_t column = 8 * j + quad_column;
     const float lse[2] = {query_stats[column].lse, query_stats[column + 1].lse};
-    const int2 pair = *reinterpret_cast<const int2*>(&query_positions[column]);
-    const int positions[2] = {pair.x, pair.y};
+    const auto columns = pairs.columns(j, column);
     float p[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float weight = exp2_approx(fmaf(scores[j][e], logit_scales[e / 2], -lse[e % 2]));
-      p[e] = may_attend<kCausal>(key_bounds[e / 2], positions[e % 2]) ? weight : 0.0F;
+      p[e] = columns.attend(e) ? weight : 0.0F;
       scores[j][e] = p[e] * gradient_scales[e / 2];
+      if constexpr (kMasks & kDropout) p[e] = columns.drop(e) ? 0.0F : p[e];
     }
     pack_columns<Element>(weights, j, p[0], p[1], p[2], p[3]);
   }
 }
 
-// dS^T = P^T (dP^T - delta), packed; scaled_weights are P^T times the gradient factor.
-template <typename Element>
+// dS^T = P^T (dP^T - delta), packed; scaled_weights are P^T times the gradient factor. Under
+// dropout dP^T counts dropout_scale-fold where the pair was kept, else not at all.
+template <typename Element, bool kCausal, int kMasks>
 __device__ __forceinline__ void score_gradients(Fragments& gradients,
                                                 const Accumulator& scaled_weights,
                                                 const Accumulator& weight_gradients,
-                                                const RowStats* query_stats, uint32_t thread) {
+                                                const Pairs<false, kCausal, kMasks>& pairs,
+                                                float dropout_scale, const RowStats* query_stats,
+                                                uint32_t thread) {
   const uint32_t quad_column = thread % 4 * 2;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -93,7 +97,14 @@ __device__ __forceinline__ void score_gradients(Fragments& gradients,
     float ds[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      ds[e] = scaled_weights[j][e] * (weight_gradients[j][e] - delta[e % 2]);
+      float difference;
+      if constexpr (kMasks & kDropout) {
+        const float factor = pairs.columns(j, column).drop(e) ? 0.0F : dropout_scale;
+        difference = fmaf(weight_gradients[j][e], factor, -delta[e % 2]);
+      } else {
+        difference = weight_gradients[j][e] - delta[e % 2];
+      }
+      ds[e] = scaled_weights[j][e] * difference;
     }
     pack_columns<Element>(gradients, j, ds[0], ds[1], ds[2], ds[3]);
   }

@@ -151,9 +151,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     const RowStats* query_stats = shared.stats[queries % kStatsSlots];
     pin(scores);
     pin(weight_gradients);
-    recompute_weights<Element, kCausal>(weights, scores, logit_scales, gradient_scales, key_bounds,
-                                        query_stats, positions(queries), thread);
-    score_gradients<Element>(gradients, scores, weight_gradients, query_stats, thread);
+    const Pairs<false, kCausal, kPlain> pairs(positions(queries), key_bounds, {});
+    recompute_weights<Element>(weights, scores, logit_scales, gradient_scales, pairs, query_stats,
+                               thread);
+    score_gradients<Element>(gradients, scores, weight_gradients, pairs, 1.0F, query_stats, thread);
   };
 
   // Shows the pair's weights and gradients to the other warpgroup after the next barrier.

@@ -3,14 +3,18 @@
 // Per chunk: S = Q K^T for the chunk's own and the previous chunk's keys, both in registers;
 // O = P V with P kept in registers, normalised within the window; rows scattered to the round's
 // partial. The diagonal of a chunk's own scores is |q|^2, which makes its keys q / |q|.
-#include "chunked_attention_sm90.cuh"
+#include "chunked_attention_sm90_masks.cuh"
 
 namespace reformer::kernels {
 namespace sm90 {
 namespace {
 
-template <int kHeadDim>
-constexpr int kResidentBlocks = kHeadDim > 64 ? 2 : 4;  // per multiprocessor
+// Per multiprocessor: as many as go without spilled registers.
+template <int kHeadDim, int kMasks>
+constexpr int kResidentBlocks =
+    kHeadDim > 64                                                      ? 2
+    : kMasks == kPlain || (kHeadDim == 64 && (kMasks & kDropout) != 0) ? 4
+                                                                       : 3;
 constexpr int kLongestRun = 16;
 
 template <typename Element>
@@ -23,12 +27,13 @@ struct ForwardArgs {
   Line line;
   int heads, head_begin, run_length;
   float scale_log2;  // scale * log2(e)
+  MaskArgs masks;
 };
 
 // Shared memory: a ring of chunks, each the tiles of q (queries and keys) and those of v, and their
 // constants.
 template <int kHeadDim>
-struct ForwardShared {
+struct PlainShared {
   uint8_t q[kSlots][kTilesPerRow<kHeadDim>][kTileBytes];
   uint8_t v[kSlots][kTilesPerRow<kHeadDim>][kTileBytes];
   float key_scale[kSlots][kTileRows];   // scale * log2(e) / |q|
@@ -38,6 +43,9 @@ struct ForwardShared {
   uint8_t staging[kWarps][kStagingBytes];
 };
 
+template <int kHeadDim, int kMasks>
+struct ForwardShared : PlainShared<kHeadDim>, MaskRows<kMasks> {};
+
 // Logits in base 2 are at most |q| scale log2(e), as keys have unit length. Where that bound is no
 // larger than this, the softmax is shifted by it and no maximum is taken: the largest weight of a
 // row is at least 2^(-2 bound), where Element still has its precision.
@@ -46,46 +54,48 @@ __device__ constexpr float largest_bound() {
   return std::is_same_v<Element, __half> ? 4.0F : 40.0F;
 }
 
-// Folds the logits of a key tile in base 2 into the maxima of the thread's two rows. query_bounds:
-// of those rows, for may_attend.
-template <bool kCausal>
+// Folds the logits of a key tile in base 2 into the maxima of the thread's two rows.
+template <bool kCausal, int kMasks>
 __device__ __forceinline__ void fold_maxima(float (&maxima)[2], const Accumulator& scores,
-                                            const float* key_scale, const int* key_position,
-                                            const int (&query_bounds)[2], uint32_t thread) {
+                                            const float* key_scale,
+                                            const Pairs<true, kCausal, kMasks>& pairs,
+                                            uint32_t thread) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const uint32_t column = 8 * j + thread % 4 * 2;
     const float2 pair = *reinterpret_cast<const float2*>(&key_scale[column]);
     const float scales[2] = {pair.x, pair.y};
-    const int2 keys = *reinterpret_cast<const int2*>(&key_position[column]);
+    const auto columns = pairs.columns(j, column);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const bool valid = may_attend<kCausal>(e % 2 == 0 ? keys.x : keys.y, query_bounds[e / 2]);
-      maxima[e / 2] = fmaxf(maxima[e / 2], valid ? scores[j][e] * scales[e % 2] : -INFINITY);
+      const float logit = columns.attend(e) ? scores[j][e] * scales[e % 2] : -INFINITY;
+      maxima[e / 2] = fmaxf(maxima[e / 2], logit);
     }
   }
 }
 
 // P = exp2(logit - shift) as A operand, 0 where the query may not attend; adds the thread's weights
-// to its rows' sums.
-template <typename Element, bool kCausal>
+// to its rows' sums. Dropout is for the operand alone.
+template <typename Element, bool kCausal, int kMasks>
 __device__ __forceinline__ void exponentiate(Fragments& weights, float (&sums)[2],
                                              const Accumulator& scores, const float (&shifts)[2],
-                                             const float* key_scale, const int* key_position,
-                                             const int (&query_bounds)[2], uint32_t thread) {
+                                             const float* key_scale,
+                                             const Pairs<true, kCausal, kMasks>& pairs,
+                                             uint32_t thread) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const uint32_t column = 8 * j + thread % 4 * 2;
     const float2 pair = *reinterpret_cast<const float2*>(&key_scale[column]);
     const float scales[2] = {pair.x, pair.y};
-    const int2 keys = *reinterpret_cast<const int2*>(&key_position[column]);
+    const auto columns = pairs.columns(j, column);
     float p[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const bool valid = may_attend<kCausal>(e % 2 == 0 ? keys.x : keys.y, query_bounds[e / 2]);
+      const bool valid = columns.attend(e);
       const float weight = exp2_approx(fmaf(scores[j][e], scales[e % 2], -shifts[e / 2]));
       p[e] = valid ? weight : 0.0F;
       sums[e / 2] += p[e];
+      if constexpr (kMasks & kDropout) p[e] = columns.drop(e) ? 0.0F : p[e];
     }
     pack_columns<Element>(weights, j, p[0], p[1], p[2], p[3]);
   }
@@ -134,13 +144,13 @@ __device__ __forceinline__ float row_square(const uint8_t* tile, uint32_t thread
   return rsqrt_approx(square < kLeast ? kLeast : square);
 }
 
-template <typename Element, int kHeadDim, bool kCausal>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
+template <typename Element, int kHeadDim, bool kCausal, int kMasks>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
     forward_kernel(const __grid_constant__ ForwardArgs<Element> args) {
 #ifdef REFORMER_SM90A
   wait_for_previous_kernel();
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  using Shared = ForwardShared<kHeadDim>;
+  using Shared = ForwardShared<kHeadDim, kMasks>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const Line& line = args.line;
   constexpr int kParts = kTilesPerRow<kHeadDim>;
@@ -164,11 +174,21 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
   // copied, the positions of chunk n + 2 are in shared memory and those of chunk n + 3 on their
   // way.
   Chunk chunk = line.at(first_chunk), ahead = line.at(first_chunk - 1);
+  // The first row of a round in [B * H, R, L], for masked instances: they have no registers for
+  // pointers that live through the loop.
+  const auto round_begin_of = [&](int round) {
+    const int64_t rounds_before = int64_t{args.head_begin + renewed(blockIdx.y)} * line.rounds;
+    return (rounds_before + round) * line.length;
+  };
   const auto load_position = [&] {
     const int slot = ahead.index * kTileRows + threadIdx.x;
-    return threadIdx.x < kTileRows ? position_at(line, order, ahead.round, slot) : 0;
+    const int32_t* orders = order;
+    if constexpr (kMasks != kPlain) {
+      orders = args.order == nullptr ? nullptr : args.order + round_begin_of(0);
+    }
+    return threadIdx.x < kTileRows ? position_at(line, orders, ahead.round, slot) : 0;
   };
-  const auto gather = [&](uint32_t n, uint32_t rows, uint32_t thread) {
+  const auto gather = [&](uint32_t n, uint32_t rows, int round, uint32_t thread) {
     const uint32_t slot = n % kSlots;
     const auto& positions = shared.position[n % kPositionSlots];
     typename Copy<kHeadDim>::Positions copied;
@@ -179,6 +199,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
       const int position = positions[thread];
       const bool valid = thread < rows && !(padding != nullptr && padding[position]);
       shared.key_position[slot][thread] = valid ? position : kInvalidKey;
+      if constexpr (kMasks != kPlain) {
+        shared.fetch(args.masks, round_begin_of(round), round, slot, thread, position);
+      }
     }
     copy_async_commit();
   };
@@ -187,14 +210,15 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
     if (threadIdx.x < kTileRows) shared.position[n % kPositionSlots][threadIdx.x] = position;
   };
   if (threadIdx.x < kTileRows) shared.no_positions[threadIdx.x] = kInvalidKey;
+  if (threadIdx.x == 0) shared.begin(args.masks, head);
 #pragma unroll
   for (int n = 0; n < 3; ++n) {
     store_position(n, load_position());
     ahead = line.next(ahead);
   }
   __syncthreads();
-  gather(0, line.rows(line.at(first_chunk - 1)), threadIdx.x);
-  gather(1, line.rows(chunk), threadIdx.x);
+  gather(0, line.rows(line.at(first_chunk - 1)), line.at(first_chunk - 1).round, threadIdx.x);
+  gather(1, line.rows(chunk), chunk.round, threadIdx.x);
   int pending_position = load_position();
   copy_async_wait_and_sync();
   const float first_square = row_square<Element, kHeadDim>(shared.q[0][0], threadIdx.x);
@@ -208,9 +232,31 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
 
     store_position(n + 2, pending_position);
     copy_async_wait_and_sync();
-    if (n < steps) gather(n + 1, line.rows(line.next(chunk)), thread);
-    ahead = line.next(ahead);
-    pending_position = load_position();
+    if (n < steps) {
+      gather(n + 1, line.rows(line.next(chunk)), line.next(chunk).round, thread);
+    }
+    if constexpr (kMasks == kPlain) {
+      ahead = line.next(ahead);
+      pending_position = load_position();
+    }
+
+    int query_bounds[2];
+    const auto read_query_bound = [&](int half) {
+      const int position = shared.position[n % kPositionSlots][upper_row + 8 * half];
+      query_bounds[half] = query_bound<kCausal>(line, position);
+    };
+    const auto previous_keys = [&] {
+      return line.has_previous(chunk) ? shared.key_position[previous] : shared.no_positions;
+    };
+    PairBits previous_bits{}, current_bits{};
+    if constexpr (kMasks != kPlain) {
+      read_query_bound(0);
+      read_query_bound(1);
+      previous_bits = pair_bits<true, kCausal>(shared, args.masks, current, previous, query_bounds,
+                                               previous_keys(), upper_row, thread);
+      current_bits = pair_bits<true, kCausal>(shared, args.masks, current, current, query_bounds,
+                                              shared.key_position[current], upper_row, thread);
+    }
 
     // Scores of both key tiles, the chunk's own first.
     FragmentsOf<kHeadDim> query;
@@ -226,30 +272,30 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
     wgmma_wait<1>();
     pin(current_scores);
     read_diagonal(squares, current_scores, thread);
-    int query_bounds[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t row = upper_row + 8 * half;
       const float scale = args.scale_log2 * inverse_norm(squares[half]);
       shifts[half] = scale * squares[half];
       if (thread % 4 == 0) shared.key_scale[current][row] = scale;
-      query_bounds[half] = query_bound<kCausal>(line, shared.position[n % kPositionSlots][row]);
+      if constexpr (kMasks == kPlain) read_query_bound(half);
     }
     __syncthreads();
     const float* key_scales[2] = {shared.key_scale[previous], shared.key_scale[current]};
     const int* key_positions[2] = {
         line.has_previous(chunk) ? shared.key_position[previous] : shared.no_positions,
         shared.key_position[current]};
+    const Pairs<true, kCausal, kMasks> previous_pairs{key_positions[0], query_bounds,
+                                                      previous_bits};
+    const Pairs<true, kCausal, kMasks> current_pairs{key_positions[1], query_bounds, current_bits};
 
     // Softmax over both tiles, in base 2. A row without any key keeps sum 0.
     if (!__all_sync(0xffffffff, fmaxf(shifts[0], shifts[1]) <= largest_bound<Element>())) {
       float maxima[2] = {-INFINITY, -INFINITY};
       wgmma_wait<0>();
       pin(previous_scores);
-      fold_maxima<kCausal>(maxima, previous_scores, key_scales[0], key_positions[0], query_bounds,
-                           thread);
-      fold_maxima<kCausal>(maxima, current_scores, key_scales[1], key_positions[1], query_bounds,
-                           thread);
+      fold_maxima(maxima, previous_scores, key_scales[0], previous_pairs.renewed(), thread);
+      fold_maxima(maxima, current_scores, key_scales[1], current_pairs.renewed(), thread);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float maximum = quad_max(maxima[half]);
@@ -266,16 +312,28 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
                              tile_descriptor(shared_address(shared.v[slot][part])), accumulate);
       }
     };
-    exponentiate<Element, kCausal>(current_weights, sums, current_scores, shifts, key_scales[1],
-                                   key_positions[1], query_bounds, thread);
+    exponentiate<Element>(current_weights, sums, current_scores, shifts, key_scales[1],
+                          current_pairs.renewed(), thread);
     multiply_values(current_weights, current, false);
     wgmma_wait<kParts>();
     pin(previous_scores);
-    exponentiate<Element, kCausal>(previous_weights, sums, previous_scores, shifts, key_scales[0],
-                                   key_positions[0], query_bounds, thread);
+    exponentiate<Element>(previous_weights, sums, previous_scores, shifts, key_scales[0],
+                          previous_pairs.renewed(), thread);
     multiply_values(previous_weights, previous, true);
 
+    // Masked instances have no register for it up to here.
+    if constexpr (kMasks != kPlain) {
+      ahead = line.next(line.next(line.next(chunk)));
+      pending_position = load_position();
+    }
     const int64_t round_begin = int64_t{chunk.round} * line.length;
+    float* lse = partial_lse;
+    Element* out = partial_out;
+    if constexpr (kMasks != kPlain) {
+      const int64_t rows_before = int64_t{renewed(blockIdx.y)} * line.rounds * line.length;
+      lse = args.partial_lse + rows_before;
+      out = args.partial_out + rows_before * kHeadDim;
+    }
     const int rows = line.rows(chunk);
     const auto& positions = shared.position[n % kPositionSlots];
     float inverse_sums[2];
@@ -284,8 +342,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
       const int row = upper_row + 8 * half;
       const float sum = quad_sum(sums[half]);
       inverse_sums[half] = sum > 0.0F ? __fdividef(1.0F, sum) : 0.0F;
+      if constexpr (kMasks & kDropout) inverse_sums[half] *= args.masks.dropout_scale;
       if (thread % 4 == 0 && row < rows) {
-        __stcs(&partial_lse[round_begin + positions[row]], shifts[half] + __log2f(sum));
+        __stcs(&lse[round_begin + positions[row]], shifts[half] + __log2f(sum));
       }
     }
     wgmma_wait<0>();
@@ -297,15 +356,15 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim>)
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) output[part][i / 4][i % 4] *= inverse_sums[i % 4 / 2];
       store_rows<Element, kColumns, kHeadDim>(
-          output[part], partial_out + round_begin * kHeadDim + part * kColumns,
-          &positions[first_row], rows - first_row, shared.staging[warp], thread);
+          output[part], out + round_begin * kHeadDim + part * kColumns, &positions[first_row],
+          rows - first_row, shared.staging[warp], thread);
     }
     chunk = line.next(chunk);
   }
 #endif
 }
 
-template <typename Element, int kHeadDim, bool kCausal>
+template <typename Element, int kHeadDim, bool kCausal, int kMasks>
 cudaError_t launch_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
                            cudaStream_t stream) {
   DeviceTraits traits{};
@@ -313,8 +372,9 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, const ForwardSt
   if (error != cudaSuccess) return error;
 
   const Line line = make_line(params);
-  const int run = run_length(stage.head_count, line.chunks(),
-                             traits.multiprocessors * kResidentBlocks<kHeadDim>, kLongestRun);
+  const int run =
+      run_length(stage.head_count, line.chunks(),
+                 traits.multiprocessors * kResidentBlocks<kHeadDim, kMasks>, kLongestRun);
   const ForwardArgs<Element> args{Rows(params.q, sizeof(Element)),
                                   Rows(params.v, sizeof(Element)),
                                   params.order,
@@ -325,9 +385,10 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, const ForwardSt
                                   static_cast<int>(params.heads),
                                   static_cast<int>(stage.head_begin),
                                   run,
-                                  params.scale * kLog2E};
-  const auto kernel = forward_kernel<Element, kHeadDim, kCausal>;
-  constexpr int kSharedBytes = sizeof(ForwardShared<kHeadDim>);
+                                  params.scale * kLog2E,
+                                  MaskArgs(params)};
+  const auto kernel = forward_kernel<Element, kHeadDim, kCausal, kMasks>;
+  constexpr int kSharedBytes = sizeof(ForwardShared<kHeadDim, kMasks>);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid((line.chunks() + run - 1) / run, static_cast<unsigned>(stage.head_count));
@@ -340,7 +401,10 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, const ForwardSt
 cudaError_t sm90_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
                          cudaStream_t stream) {
   return sm90::dispatch<32, 64, 128>(params, [&](auto element, auto head_dim, auto causal) {
-    return sm90::launch_forward<decltype(element), head_dim(), causal()>(params, stage, stream);
+    return sm90::dispatch_masks<head_dim()>(params, [&](auto masks) {
+      return sm90::launch_forward<decltype(element), head_dim(), causal(), masks()>(params, stage,
+                                                                                    stream);
+    });
   });
 }
 
