@@ -51,7 +51,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("scale") = py::none(), py::arg("correct_duplicates") = false, release_gil());
   m.def("lsh_cache_append", &reformer::lsh_cache_append, py::arg("keys"), py::arg("values"),
         py::arg("table"), py::arg("counts"), py::arg("k"), py::arg("v"), py::arg("buckets"),
-        py::arg("lengths"), release_gil());
+        py::arg("lengths"), py::arg("normalize") = false, release_gil());
   m.def("default_n_buckets", &reformer::default_n_buckets, py::arg("length"),
         py::arg("chunk_size") = 64, release_gil());
   m.def("set_workspace_limit", &reformer::set_workspace_limit, py::arg("bytes"));

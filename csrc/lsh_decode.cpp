@@ -1,10 +1,11 @@
 // lsh_decode and lsh_cache_append: schemas, checks, Meta, public functions, and kernels composed of
-// ATen operators for devices without their own. Those read no value on the host and have fixed
-// shapes, so that a decoding step can be captured in a CUDA graph.
+// ATen operators, for devices without their own and for what CUDA's do not take. Those read no
+// value on the host and have fixed shapes, so that a decoding step can be captured in a CUDA graph.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/ones_like.h>
@@ -113,13 +114,20 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode_meta(
 void lsh_cache_append_meta(const at::Tensor& keys, const at::Tensor& values,
                            const at::Tensor& table, const at::Tensor& counts, const at::Tensor& k,
                            const at::Tensor& v, const at::Tensor& buckets,
-                           const at::Tensor& lengths) {
+                           const at::Tensor& lengths, bool) {
   check_lsh_cache_append(keys, values, table, counts, k, v, buckets, lengths);
 }
 
 // Rows of x [B, H, C, D] at positions [B, H, n].
 at::Tensor rows_at(const at::Tensor& x, const at::Tensor& positions) {
   return x.gather(2, positions.unsqueeze(-1).expand({-1, -1, -1, x.size(3)}));
+}
+
+}  // namespace
+
+at::Tensor unit_rows(const at::Tensor& x) {
+  const at::Tensor wide = x.to(chunked_attention_lse(x).scalar_type());
+  return wide.div(at::linalg_vector_norm(wide, 2, {-1}, true).clamp_min(1e-12)).to(x.scalar_type());
 }
 
 std::tuple<at::Tensor, at::Tensor> lsh_decode_composite(
@@ -176,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode_composite(
 void lsh_cache_append_composite(const at::Tensor& keys, const at::Tensor& values,
                                 const at::Tensor& table, const at::Tensor& counts,
                                 const at::Tensor& k, const at::Tensor& v, const at::Tensor& buckets,
-                                const at::Tensor& lengths) {
+                                const at::Tensor& lengths, bool normalize) {
   check_lsh_cache_append(keys, values, table, counts, k, v, buckets, lengths);
   const int64_t batch = k.size(0), heads = k.size(1), n = k.size(2), capacity = keys.size(2);
   const int64_t rounds = table.size(2), n_buckets = table.size(3), window = table.size(4);
@@ -194,7 +202,7 @@ void lsh_cache_append_composite(const at::Tensor& keys, const at::Tensor& values
     const at::Tensor rows = x.gather(2, source.expand_as(x));
     cache.scatter_(2, target, at::where(any_room, rows, cache.gather(2, target)));
   };
-  write(keys, k);
+  write(keys, normalize ? unit_rows(k) : k);
   write(values, v);
 
   const at::Tensor wanted = (buckets >= 0)
@@ -232,8 +240,6 @@ void lsh_cache_append_composite(const at::Tensor& keys, const at::Tensor& values
   counts.copy_(new_count.squeeze(-1));
 }
 
-}  // namespace
-
 std::tuple<at::Tensor, at::Tensor> lsh_decode(const at::Tensor& q, const at::Tensor& keys,
                                               const at::Tensor& values, const at::Tensor& table,
                                               const at::Tensor& counts, const at::Tensor& buckets,
@@ -248,11 +254,11 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode(const at::Tensor& q, const at::Ten
 
 void lsh_cache_append(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
                       const at::Tensor& counts, const at::Tensor& k, const at::Tensor& v,
-                      const at::Tensor& buckets, const at::Tensor& lengths) {
+                      const at::Tensor& buckets, const at::Tensor& lengths, bool normalize) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("reformer::lsh_cache_append", "")
                              .typed<decltype(lsh_cache_append)>();
-  op.call(keys, values, table, counts, k, v, buckets, lengths);
+  op.call(keys, values, table, counts, k, v, buckets, lengths, normalize);
 }
 
 TORCH_LIBRARY_FRAGMENT(reformer, m) {
@@ -263,7 +269,7 @@ TORCH_LIBRARY_FRAGMENT(reformer, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "lsh_cache_append(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) table, Tensor(d!) counts, "
-      "Tensor k, Tensor v, Tensor buckets, Tensor lengths) -> ()",
+      "Tensor k, Tensor v, Tensor buckets, Tensor lengths, *, bool normalize=False) -> ()",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -1,4 +1,4 @@
-// lsh_decode and lsh_cache_append: what their CPU kernels and the composite ones share.
+// lsh_decode and lsh_cache_append: what their CPU, CUDA and composite kernels share.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -21,6 +21,20 @@ void check_lsh_cache_append(const at::Tensor& keys, const at::Tensor& values,
 
 // The uninitialised out, like q, and lse [B, H, T] in float32 (float64 for float64).
 std::tuple<at::Tensor, at::Tensor> lsh_decode_output(const at::Tensor& q);
+
+// x [B, H, T, D] with rows of length one, as F.normalize in float32 or more makes them.
+at::Tensor unit_rows(const at::Tensor& x);
+
+// The operators by ATen operators, for any device, dtype, D and alignment.
+std::tuple<at::Tensor, at::Tensor> lsh_decode_composite(
+    const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
+    const at::Tensor& counts, const at::Tensor& buckets,
+    const std::optional<at::Tensor>& own_values, std::optional<double> scale,
+    bool correct_duplicates);
+void lsh_cache_append_composite(const at::Tensor& keys, const at::Tensor& values,
+                                const at::Tensor& table, const at::Tensor& counts,
+                                const at::Tensor& k, const at::Tensor& v, const at::Tensor& buckets,
+                                const at::Tensor& lengths, bool normalize);
 
 inline double decode_scale(const at::Tensor& q, std::optional<double> scale) {
   return scale.value_or(std::pow(static_cast<double>(q.size(3)), -0.5));

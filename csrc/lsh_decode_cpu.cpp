@@ -138,19 +138,20 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode_cpu(const at::Tensor& q, const at:
 
 void lsh_cache_append_cpu(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
                           const at::Tensor& counts, const at::Tensor& k, const at::Tensor& v,
-                          const at::Tensor& buckets, const at::Tensor& lengths) {
+                          const at::Tensor& buckets, const at::Tensor& lengths, bool normalize) {
   check_lsh_cache_append(keys, values, table, counts, k, v, buckets, lengths);
   if (k.numel() == 0) return;
   const int64_t batch = k.size(0), heads = k.size(1), n = k.size(2), capacity = keys.size(2);
   const int64_t rounds = table.size(2), n_buckets = table.size(3), window = table.size(4);
   const at::Tensor wanted = buckets.contiguous(), begins = lengths.contiguous();
+  const at::Tensor new_keys = normalize ? unit_rows(k) : k;
   const int64_t* begin_of = begins.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < batch; ++b) {  // all before anything is written
     REFORMER_CHECK(begin_of[b] >= 0, "lsh_cache_append: expected lengths >= 0, got ", begin_of[b]);
   }
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = std::min(begin_of[b], capacity), room = std::min(n, capacity - first);
-    for (const auto& [cache, rows] : {std::pair{keys, k}, std::pair{values, v}}) {
+    for (const auto& [cache, rows] : {std::pair{keys, new_keys}, std::pair{values, v}}) {
       cache.select(0, b).narrow(1, first, room).copy_(rows.select(0, b).narrow(1, 0, room));
     }
   }

@@ -94,12 +94,12 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode(const at::Tensor& q, const at::Ten
                                               bool correct_duplicates = false);
 
 // Puts T positions into the cache, in place: row t of batch b becomes position lengths[b] + t
-// (lengths int64 [B]). k, v [B, H, T, D] of the keys' dtype; for shared QK k is the
-// length-normalised query. buckets int32 [B, H, R, T]; N or more: padding, which no bucket takes.
-// Positions beyond the capacity C are dropped.
+// (lengths int64 [B]). k, v [B, H, T, D] of the keys' dtype. normalize: keys of length one are made
+// of k, as of the queries of shared QK. buckets int32 [B, H, R, T]; N or more: padding, which no
+// bucket takes. Positions beyond the capacity C are dropped.
 void lsh_cache_append(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
                       const at::Tensor& counts, const at::Tensor& k, const at::Tensor& v,
-                      const at::Tensor& buckets, const at::Tensor& lengths);
+                      const at::Tensor& buckets, const at::Tensor& lengths, bool normalize = false);
 
 // About 2 * length / chunk_size buckets (half a chunk each) as a short list of even factors.
 std::vector<int64_t> default_n_buckets(int64_t length, int64_t chunk_size);

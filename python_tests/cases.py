@@ -289,6 +289,44 @@ ATTENTION_CASES: list[AttentionCase] = [
         ]
     ],
     _C("fast-head_dim-32", heads=1, length=200, head_dim=32, rounds=4, chunk_size=64, causal=True),
+    # The fused CUDA path of local attention: separate keys, chunks of whole tiles of 64.
+    *[
+        _C(
+            f"fast-local-{chunk}-{length}x{head_dim}{'-causal' if causal else ''}",
+            rounds=0,
+            shared=False,
+            length=length,
+            head_dim=head_dim,
+            chunk_size=chunk,
+            look_back=back,
+            look_ahead=ahead,
+            causal=causal,
+            padding=padding,
+            layout="transposed" if head_dim == 64 else "contiguous",
+        )
+        for chunk, length, head_dim, back, ahead, causal, padding in [
+            (64, 256, 64, 1, 0, True, None),
+            (64, 301, 64, 2, 1, False, "scattered"),
+            (128, 301, 64, 1, 0, True, "tail"),
+            (128, 500, 32, 1, 1, False, None),
+            (128, 300, 128, 1, 0, True, "head"),
+            (256, 600, 64, 1, 0, True, None),
+            (256, 300, 128, 0, 0, False, "tail"),
+        ]
+    ],
+    _C(
+        "fast-local-wrap-mask_self",
+        rounds=0,
+        shared=False,
+        length=300,
+        head_dim=64,
+        chunk_size=64,
+        causal=True,
+        mask_self=True,
+        wrap=True,
+        padding="head",
+    ),
+    _C("fast-local-one-chunk", rounds=0, shared=False, length=100, head_dim=64, chunk_size=100),
     _C("fast-padding", length=200, head_dim=64, chunk_size=64, causal=True, padding="tail"),
     # Masks of the fused path.
     *[

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import device_dtypes, gpu
+from conftest import CUDA_DTYPES, device_dtypes, gpu
 from torch import Tensor
 
 import reformer_ext
@@ -62,12 +62,15 @@ def rows(sizes: Sizes, n: int, device: str, dtype: torch.dtype, seed: int) -> tu
     return k.to(device, dtype), v.to(device, dtype), buckets.to(device, torch.int32)
 
 
-def append_everywhere(cache: Cache, composite: bool, *args: Tensor) -> None:
+def append_everywhere(
+    cache: Cache, composite: bool, *args: Tensor, normalize: bool = False
+) -> None:
     """Through the device's own kernel, or the one composed of ATen operators."""
     if composite:
-        ops.lsh_cache_append.default._op_dk(COMPOSITE, *cache.tensors(), *args)
+        append = ops.lsh_cache_append.default
+        append._op_dk(COMPOSITE, *cache.tensors(), *args, normalize=normalize)
     else:
-        reformer_ext.lsh_cache_append(*cache.tensors(), *args)
+        reformer_ext.lsh_cache_append(*cache.tensors(), *args, normalize=normalize)
 
 
 def decode(cache: Cache, composite: bool, q: Tensor, buckets: Tensor, **options: object):
@@ -184,6 +187,20 @@ def test_kernel_and_composite_leave_the_same_cache(device: str) -> None:
     assert caches[0].keys[1, :, :11].isnan().all()
 
 
+@pytest.mark.parametrize("composite", [False, True], ids=["kernel", "composite"])
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_keys_are_normalized_if_asked(device: str, dtype: torch.dtype, composite: bool) -> None:
+    sizes = Sizes()
+    k, v, buckets = rows(sizes, 9, device, dtype, 0)
+    k = k * torch.linspace(0, 50, 9, device=device, dtype=dtype)[:, None]  # the first is zero
+    lengths = torch.zeros(sizes.batch, dtype=torch.int64, device=device)
+    cache = Cache(sizes, device, dtype)
+    append_everywhere(cache, composite, k, v, buckets, lengths, normalize=True)
+    expected = F.normalize(k.double(), dim=-1).to(dtype)
+    torch.testing.assert_close(cache.keys[:, :, :9], expected)
+    assert torch.equal(cache.values[:, :, :9], v)
+
+
 def test_operators_are_registered_soundly() -> None:
     sizes = Sizes()
     cache = Cache(sizes, "cpu", torch.float32)
@@ -271,11 +288,143 @@ def test_more_decode_errors() -> None:
         reformer_ext.lsh_decode(k, *cache.tensors(), buckets.clamp(max=4))
 
 
+# The kernels on CUDA, against those on the CPU ----------------------------------------------------
+
+
+def check_on_cuda(sizes: Sizes, dtype: torch.dtype, pieces: list[int], n_queries: int) -> None:
+    """Pieces of positions into two caches, all ways of decoding between them, twice on CUDA."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (sizes.batch, sizes.heads)
+
+    def vectors(n: int) -> Tensor:  # rows at odd addresses
+        x = torch.randn(*shape, n, sizes.head_dim + 1, generator=generator)
+        return x.to(dtype)[..., 1:]
+
+    def drawn(n: int) -> Tensor:  # some out of range on either side
+        low, high = -1, sizes.n_buckets + 2
+        x = torch.randint(low, high, (*shape, n, sizes.rounds), generator=generator)
+        return x.mT.to(torch.int32)
+
+    def on_cuda(x: Tensor) -> Tensor:  # with the strides kept
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x)
+
+    tolerance = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    cpu, cuda = Cache(sizes, "cpu", dtype), Cache(sizes, "cuda", dtype)
+    lengths = torch.arange(sizes.batch) * 7
+    for n in [*pieces, 0]:
+        q, own_values, wanted = vectors(n_queries), vectors(n_queries), drawn(n_queries)
+        for own, correct in itertools.product((False, True), repeat=2):
+            options = {"scale": 0.3 if own else None, "correct_duplicates": correct}
+            args = (q, wanted, own_values if own else None)
+            out, lse = decode(cpu, False, *args[:2], own_values=args[2], **options)
+            args = tuple(None if x is None else on_cuda(x) for x in args)
+            got = [decode(cuda, False, *args[:2], own_values=args[2], **options) for _ in range(2)]
+            assert all(torch.equal(*pair) for pair in zip(*got, strict=True))
+            torch.testing.assert_close(got[0][0].cpu(), out, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(got[0][1].cpu(), lse, rtol=1e-5, atol=1e-5)
+        if n == 0:
+            return
+        new = (vectors(n), vectors(2 * n)[:, :, ::2], drawn(n), lengths)
+        append_everywhere(cpu, False, *new)
+        append_everywhere(cuda, False, *map(on_cuda, new))
+        for ours, theirs in zip(cuda.tensors(), cpu.tensors(), strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
+        lengths = lengths + n
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [8, 24, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_kernels_on_cuda(dtype: torch.dtype, head_dim: int) -> None:
+    """Every instance: empty buckets, rings that wrap, the end of the capacity."""
+    sizes = Sizes(head_dim=head_dim, rounds=3, window=7, capacity=150)
+    check_on_cuda(sizes, dtype, [1, 3, 70, 1, 64, 3, 30], n_queries=5)
+
+
+@pytest.mark.gpu
+def test_kernels_on_cuda_with_a_full_block() -> None:
+    sizes = Sizes(batch=1, head_dim=64, rounds=8, n_buckets=2, window=64, capacity=700)
+    check_on_cuda(sizes, torch.bfloat16, [70, 1, 300, 1], n_queries=1)
+
+
+@pytest.mark.gpu
+def test_many_rows_on_cuda() -> None:
+    """So many that they are sorted."""
+    sizes = Sizes(n_buckets=20, window=9, capacity=2000)
+    check_on_cuda(sizes, torch.float32, [3, 513, 600, 1, 1000], n_queries=2)
+
+
+@pytest.mark.gpu
+def test_many_slots_on_cuda() -> None:
+    """More than shared memory has room for when duplicates are looked for."""
+    sizes = Sizes(batch=1, rounds=4, n_buckets=2, window=6000, capacity=20000)
+    check_on_cuda(sizes, torch.bfloat16, [9000, 9000], n_queries=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "dtype"), [(6, torch.float32), (16, torch.float64)])
+def test_what_the_kernels_do_not_take_on_cuda(head_dim: int, dtype: torch.dtype) -> None:
+    sizes = Sizes(head_dim=head_dim)
+    cache, cpu = Cache(sizes, "cuda", dtype), Cache(sizes, "cpu", dtype)
+    lengths = torch.zeros(sizes.batch, dtype=torch.int64)
+    new = (*rows(sizes, 40, "cpu", dtype, 0), lengths)
+    append_everywhere(cpu, False, *new)
+    append_everywhere(cache, False, *(x.cuda() for x in new))
+    want = decode(cpu, False, new[0], new[2], correct_duplicates=True)
+    got = decode(cache, False, new[0].cuda(), new[2].cuda(), correct_duplicates=True)
+    torch.testing.assert_close([x.cpu() for x in got], list(want), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_table_in_disorder_on_cuda() -> None:
+    """Positions anywhere, several times in a bucket: each still counts once, bit for bit."""
+    sizes = Sizes(rounds=8, window=64, capacity=300)
+    cache = Cache(sizes, "cpu", torch.float32)
+    cache.keys.normal_(), cache.values.normal_()
+    cache.table.random_(0, sizes.capacity), cache.counts.random_(0, 100)
+    q, _, wanted = rows(sizes, 4, "cpu", torch.float32, 0)
+    expected = decode(cache, False, q, wanted, correct_duplicates=True)
+    for name in ("keys", "values", "table", "counts"):
+        setattr(cache, name, getattr(cache, name).cuda())
+    got = [
+        decode(cache, False, q.cuda(), wanted.cuda(), correct_duplicates=True) for _ in range(20)
+    ]
+    torch.testing.assert_close([x.cpu() for x in got[0]], list(expected), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(a, b) for again in got[1:] for a, b in zip(again, got[0], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("correct", [True, False], ids=["once", "every"])
+def test_operators_in_a_cuda_graph(correct: bool) -> None:
+    sizes = Sizes(capacity=25)
+    steps = [rows(sizes, 1, "cpu", torch.float16, seed) for seed in range(30)]
+    cpu, cuda = (Cache(sizes, device, torch.float16) for device in ("cpu", "cuda"))
+    k, v, buckets = static = [x.cuda() for x in steps[0]]
+    lengths = torch.zeros(sizes.batch, dtype=torch.int64, device="cuda")
+    other = Cache(sizes, "cuda", torch.float16)
+    decode(other, False, k, buckets, own_values=v, correct_duplicates=correct)  # loads the kernels
+    append_everywhere(other, False, k, v, buckets, lengths)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = decode(cuda, False, k, buckets, own_values=v, correct_duplicates=correct)
+        append_everywhere(cuda, False, k, v, buckets, lengths)
+        lengths.add_(1)
+    for t, new in enumerate(steps):
+        for old, x in zip(static, new, strict=True):
+            old.copy_(x)
+        graph.replay()
+        want = decode(cpu, False, new[0], new[2], own_values=new[1], correct_duplicates=correct)
+        append_everywhere(cpu, False, *new, torch.full((sizes.batch,), t))
+        torch.testing.assert_close([x.cpu() for x in got], list(want), rtol=2e-3, atol=2e-3)
+    for ours, theirs in zip(cuda.tensors(), cpu.tensors(), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
+
+
 # The models ---------------------------------------------------------------------------------------
 
 
 def language_model(device: str = "cpu", **fields: object) -> ReformerLM:
-    """In float64, with weights large enough that attention matters."""
+    """In float64, on CUDA float32, with weights large enough that attention matters."""
     defaults = {
         "vocab_size": 50,
         "dim": 32,
@@ -289,7 +438,8 @@ def language_model(device: str = "cpu", **fields: object) -> ReformerLM:
         "initializer_range": 0.3,
     }
     torch.manual_seed(1)
-    return ReformerLM(ReformerConfig(**{**defaults, **fields})).to(device).double().eval()
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    return ReformerLM(ReformerConfig(**{**defaults, **fields})).to(device, dtype).eval()
 
 
 def continued(model: ReformerLM, cache: DecodingCache, tokens: Tensor, pieces: list[int]) -> Tensor:
@@ -316,13 +466,14 @@ def test_cached_logits_are_the_forward_passes(
     fields: dict[str, object], positions: str, device: str
 ) -> None:
     model = language_model(device, positions=positions, max_length=60, **fields)
+    tolerance = 1e-9 if device == "cpu" else 1e-3
     tokens = torch.randint(50, (2, 43), device=device)
     with torch.no_grad():
         expected = model(tokens)
     for pieces in ([43], [1] * 43, [30, *[1] * 13], [5, 17, 1, 20]):
         cache = model.new_cache(2, 60, window=64)
         got = continued(model, cache, tokens, pieces)
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
         assert cache.lengths.tolist() == [43, 43]
 
 
@@ -544,7 +695,7 @@ def test_step_exports() -> None:
 
 @pytest.mark.gpu
 def test_step_in_a_cuda_graph() -> None:
-    model = language_model("cuda", layers=("local", "lsh")).float()
+    model = language_model("cuda", layers=("local", "lsh"))
     tokens = torch.randint(50, (2, 30), device="cuda")
     with torch.no_grad():
         expected = model(tokens)

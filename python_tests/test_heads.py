@@ -86,6 +86,24 @@ def test_sequence_classification_is_of_the_mean_without_padding() -> None:
     torch.testing.assert_close(loss, (by_hand[0, 2] + by_hand[2, 0]) / 2)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_first_position_and_a_hidden_layer(side: str) -> None:
+    model = ReformerForSequenceClassification(small_config(), 3, pooling="first", hidden=7)
+    model.double().eval()
+    tokens, mask = batch()
+    if side == "left":
+        mask = mask.flip(1)
+    hidden = model.reformer(tokens, key_padding_mask=mask)
+    first = torch.stack([row[~padding][0] for row, padding in zip(hidden, mask, strict=True)])
+    expected = model.head(torch.tanh(model.dense(first)))
+    torch.testing.assert_close(model(tokens, key_padding_mask=mask), expected)
+    hidden = model.reformer(tokens)[:, 0]
+    torch.testing.assert_close(model(tokens), model.head(torch.tanh(model.dense(hidden))))
+    packed = torch.cat([tokens[0], tokens[1, :11]])[None]
+    alone = torch.cat([model(tokens[:1]), model(tokens[1:2, :11])])
+    torch.testing.assert_close(model(packed, cu_seqlens=[0, 19, 30]), alone)
+
+
 def test_a_mean_over_many_positions_fits_in_float16() -> None:
     config = small_config(layers=("local",), local_chunk_size=4)
     model = ReformerForSequenceClassification(config, 3).eval()
@@ -272,6 +290,10 @@ def test_errors() -> None:
         ReformerForMaskedLM(small_config(causal=True))
     with pytest.raises(ValueError, match="SequenceClassification: expected num_labels >= 1, got 0"):
         ReformerForSequenceClassification(small_config(), 0)
+    with pytest.raises(ValueError, match=r"expected pooling in \('mean', 'first'\), got 'last'"):
+        ReformerForSequenceClassification(small_config(), 3, pooling="last")
+    with pytest.raises(ValueError, match="expected hidden to be None or >= 1, got 0"):
+        ReformerForSequenceClassification(small_config(), 3, hidden=0)
     tokens = torch.zeros(3, 19, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"Classification: expected labels \[3\], got \[3, 1\]"):
         models()[1].loss(tokens, tokens[:, :1])

@@ -26,7 +26,16 @@ from torch import Tensor, nn
 from reformer_ext import ops
 from reformer_ext.integrations import reformer_pytorch as lucidrains
 from reformer_ext.integrations.transformers import accelerate, from_transformers, to_transformers
-from reformer_ext.nn import AxialPositions, Reformer, ReformerConfig, ReformerLM, ReversibleStack
+from reformer_ext.nn import (
+    AxialPositions,
+    Reformer,
+    ReformerConfig,
+    ReformerForMaskedLM,
+    ReformerForSequenceClassification,
+    ReformerForTokenClassification,
+    ReformerLM,
+    ReversibleStack,
+)
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 modeling = pytest.importorskip("transformers.models.reformer.modeling_reformer")
@@ -234,6 +243,63 @@ def test_a_bare_model_becomes_a_reformer() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+def head_model(kind: str, **fields: object) -> Any:
+    """A classifier of 3 labels or a model for question answering."""
+    options = {"is_decoder": False, "num_labels": 3 if "Classification" in kind else 2}
+    config = hf_config(**{**options, **fields})
+    return randomized(getattr(transformers, kind)(config)).eval()
+
+
+HEAD_KINDS = ["ReformerForSequenceClassification", "ReformerForQuestionAnswering"]
+
+
+@pytest.mark.usefixtures("without_key_epsilon")
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_models_with_heads(kind: str, masked: bool, tmp_path: Path) -> None:
+    theirs = head_model(kind)
+    ours = from_transformers(theirs)
+    assert type(ours).__name__ == kind
+    tokens = torch.randint(50, (2, 29))
+    mask = torch.arange(29) >= torch.tensor([[29], [17]]) if masked else None
+    attention_mask = None if mask is None else (~mask).long()
+    with torch.no_grad(), hashing_alike():
+        expected = theirs(tokens, attention_mask=attention_mask)
+    with torch.no_grad(), hashing_alike():
+        actual = ours(tokens, key_padding_mask=mask)
+    if kind == "ReformerForSequenceClassification":
+        torch.testing.assert_close(actual, expected.logits, rtol=1e-8, atol=1e-9)
+    else:
+        for one, other in zip(actual, (expected.start_logits, expected.end_logits), strict=True):
+            real = torch.ones(2, 29).bool() if mask is None else ~mask
+            torch.testing.assert_close(one[real], other[real], rtol=1e-8, atol=1e-9)
+    ours.save_pretrained(tmp_path)
+    loaded = type(ours).from_pretrained(tmp_path).double()
+    torch.testing.assert_close(loaded(tokens), ours(tokens))
+
+    config, weights = to_transformers(ours)
+    assert config.architectures == [kind] and config.num_labels == theirs.config.num_labels
+    back = getattr(transformers, kind)(config).double()
+    back.load_state_dict(weights)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    again = from_transformers(back.config, weights)
+    assert type(again) is type(ours) and again.config == ours.config
+
+
+def test_heads_without_counterpart_are_named() -> None:
+    theirs = head_model("ReformerForSequenceClassification", classifier_dropout=0.3)
+    with pytest.raises(ValueError, match=r"expected classifier_dropout to be None or 0.0, got 0.3"):
+        from_transformers(theirs)
+    config = from_transformers(hf_model(is_decoder=False)).config
+    for options in ({}, {"pooling": "first"}, {"pooling": "first", "hidden": 7}, {"hidden": 24}):
+        model = ReformerForSequenceClassification(config, 3, **options)
+        with pytest.raises(ValueError, match=r"expected pooling 'first' and hidden to be dim = 24"):
+            to_transformers(model)
+    with pytest.raises(TypeError, match=r"to_transformers: .*got ReformerForTokenClassification"):
+        to_transformers(ReformerForTokenClassification(config, 3))
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])
 @pytest.mark.parametrize(
     "fields",
@@ -246,7 +312,7 @@ def test_a_bare_model_becomes_a_reformer() -> None:
 def test_round_trip_is_exact(fields: dict[str, Any], causal: bool) -> None:
     theirs = hf_model(is_decoder=causal, local_attention_probs_dropout_prob=0.2, **fields)
     ours = from_transformers(theirs.config, theirs.state_dict())
-    assert isinstance(ours, ReformerLM) and not ours.training
+    assert type(ours) is (ReformerLM if causal else ReformerForMaskedLM) and not ours.training
     config, weights = to_transformers(ours)
     back = getattr(transformers, config.architectures[0])(config).double()
     assert type(back) is type(theirs)
@@ -667,6 +733,48 @@ def test_what_we_lack_is_left_to_transformers(
     compare_outputs(*outputs, atol=1e-9)
     for one, other in zip(*(output.get("attentions") or () for output in outputs), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.usefixtures("without_key_epsilon")
+@pytest.mark.parametrize("embedded", [False, True], ids=["tokens", "embeddings"])
+@pytest.mark.parametrize("axial", [True, False], ids=["axial", "absolute"])
+def test_position_ids_at_any_length(axial: bool, embedded: bool) -> None:
+    """transformers fails where the length is not a multiple of the chunks'; what it computes there
+    is had from it by padding the tokens first."""
+    theirs, ours = pair(axial_pos_embds=axial, is_decoder=False)
+    tokens = torch.randint(50, (2, 29))
+    positions = torch.stack([torch.arange(29), torch.arange(29).flip(0)])
+    mask = padding_mask(2, 29)
+    padded = F.pad(tokens, (0, 7))
+    options = {
+        "position_ids": torch.cat([positions, torch.arange(29, 36).expand(2, -1)], dim=1),
+        "attention_mask": F.pad((~mask).long(), (0, 7)),
+    }
+    inputs = {"input_ids": tokens}
+    if embedded:
+        inputs = {"inputs_embeds": ours.get_input_embeddings()(tokens)}
+    with torch.no_grad(), hashing_alike():
+        expected = theirs(padded, **options).logits[:, :29]
+    with torch.no_grad(), hashing_alike():
+        options = {"position_ids": positions, "attention_mask": (~mask).long()}
+        actual = ours(**inputs, **options).logits
+    torch.testing.assert_close(actual[~mask], expected[~mask], rtol=0, atol=1e-9)
+    with pytest.raises((RuntimeError, IndexError)):
+        theirs(**inputs, **options)
+    # The positions that are there without any.
+    with torch.no_grad(), hashing_alike():
+        plain = ours(tokens).logits
+    with torch.no_grad(), hashing_alike():
+        counted = ours(tokens, position_ids=torch.arange(29).expand(2, -1)).logits
+    torch.testing.assert_close(counted, plain)
+
+
+def test_an_accelerated_model_is_saved_under_its_own_name(tmp_path: Path) -> None:
+    model = accelerate(transformers.ReformerModel(hf_config()))
+    model.save_pretrained(tmp_path)
+    config = transformers.ReformerConfig.from_pretrained(tmp_path)
+    assert config.architectures == ["ReformerModel"]
+    assert type(transformers.AutoModel.from_pretrained(tmp_path)) is transformers.ReformerModel
 
 
 def test_cached_decoding_is_that_of_transformers() -> None:

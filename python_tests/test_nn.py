@@ -504,8 +504,23 @@ def test_model_errors() -> None:
         model(torch.zeros(5, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"Reformer: expected embeddings \[B, L, 32\]"):
         model(torch.zeros(1, 5, 31))
-    with pytest.raises(ValueError, match="AbsolutePositions: expected at most 128 positions"):
-        model(torch.zeros(1, 129, dtype=torch.int64))
+    tokens = torch.zeros(1, 129, dtype=torch.int64)
+    for dtype in (torch.bool, torch.uint8):
+        with pytest.raises(ValueError, match=f"expected tokens of int64 or int32, got {dtype}"):
+            model(tokens[:, :5].to(dtype))
+    for n_hashes in (0, -1, 2.5, True):
+        message = f"expected n_hashes to be None or an integer >= 1, got {n_hashes}"
+        with pytest.raises(ValueError, match=message):
+            model(tokens[:, :5], n_hashes=n_hashes)
+    axial = ReformerLM(small_config(positions="axial"))  # on a grid of 144
+    for limited in (model, axial):
+        with pytest.raises(ValueError, match="expected at most max_length = 128 positions, got 12"):
+            limited(tokens)
+        with pytest.raises(ValueError, match="expected at most max_length = 128 positions, got 12"):
+            limited(tokens.repeat(1, 2), cu_seqlens=[0, 129, 258])
+        limited(tokens[:, :128].repeat(1, 2), cu_seqlens=[0, 128, 256])
+    with torch.no_grad(), pytest.raises(TypeError, match="expected a DecodingCache from new_cache"):
+        model.eval()(tokens[:, :5], cache=model.new_cache(1, 8).layers[0])
 
 
 @pytest.mark.parametrize("module", ["nn.models", "nn.encoder_decoder", "integrations.transformers"])

@@ -318,8 +318,9 @@ def test_compiles_without_graph_breaks() -> None:
             r"expected cu_seqlens \[n \+ 1\] of int32 or int64, got \[1, 2\]",
         ),
         (torch.tensor([0.0, 10.0]), r"expected cu_seqlens .*, got \[2\] of torch.float32"),
+        ([0.0, 10.0], r"expected cu_seqlens of integers, got \[0.0, 10.0\]"),
     ],
-    ids=["start", "empty", "decrease", "end", "matrix", "float"],
+    ids=["start", "empty", "decrease", "end", "matrix", "float", "floats"],
 )
 @pytest.mark.parametrize("name", ["lsh_attention_packed", "chunked_attention_packed", "Reformer"])
 def test_cu_seqlens_errors(name: str, cu_seqlens: Sequence[int] | Tensor, message: str) -> None:
@@ -364,7 +365,7 @@ def test_other_errors() -> None:
         with pytest.raises(ValueError, match=f"{kind.__name__}: expected cu_seqlens to end at"):
             kind(16, 2)(torch.randn(1, 10, 16), cu_seqlens=[0, 9])
     with pytest.raises(
-        ValueError, match="AbsolutePositions: expected at most 36 positions, got 40"
+        ValueError, match="Reformer: expected at most max_length = 36 positions, got 40"
     ):
         Reformer(small_config(positions="absolute"))(
             torch.zeros(1, 41).long(), cu_seqlens=[0, 1, 41]

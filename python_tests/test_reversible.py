@@ -498,6 +498,34 @@ def test_compiled_blocks_train() -> None:
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_blocks_repeat_their_dropout(backend: str) -> None:
+    """The gradient along a line against a difference of two losses: the recomputation is another
+    graph than the forward, and must draw the same masks."""
+    torch._dynamo.reset()
+    options = {"dropout": 0.2, "ff_dropout": 0.2, "attention_dropout": 0.2, "ff_chunk_size": 0}
+    model = reformers(layers=("local",), **options)[0]
+    for block in model.layers.blocks:
+        block.f.compile(backend="aot_eager", fullgraph=True)
+        block.g.compile(backend=backend, fullgraph=True)
+    tokens = torch.randint(256, (2, 24))
+    direction = [torch.randn_like(parameter) for parameter in model.parameters()]
+
+    def loss() -> Tensor:
+        torch.manual_seed(5)
+        return model(tokens).sin().sum()
+
+    loss().backward()
+    slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction, strict=True))
+    ends = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            for parameter, d in zip(model.parameters(), direction, strict=True):
+                parameter.add_(d, alpha=step)
+        ends.append(loss().item())
+    torch.testing.assert_close(slope.item(), (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-4)
+
+
 def test_whole_model_compiles_around_the_stack() -> None:
     tokens = torch.randint(256, (1, 24))
     torch._dynamo.reset()

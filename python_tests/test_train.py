@@ -513,6 +513,8 @@ def test_generate_errors(model: ReformerLM) -> None:
             Sampling(**{name: value})
     with pytest.raises(ValueError, match="generate: expected length >= 0, got -1"):
         generate(model, b"", -1)
+    with pytest.raises(ValueError, match="generate: expected prompt of bytes, got str"):
+        generate(model, "text", 1)
     small = ReformerLM(ReformerConfig(vocab_size=255, dim=32, heads=2, layers=("local",)))
     with pytest.raises(ValueError, match=r"expected model\.config\.vocab_size >= 256, got 255"):
         generate(small.eval(), b"x", 1)

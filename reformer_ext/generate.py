@@ -106,7 +106,7 @@ def generate(
     Raises:
         ValueError: an argument is out of range.
     """
-    _check(model, length, stop)
+    _check(model, [prompt], length, stop)
     steps = _continue(model, [prompt], length, sampling, stop, seed)
     return (bytes([token]) for (token,) in steps if token is not None)
 
@@ -127,7 +127,7 @@ def generate_batch(
     contexts begin anew when the longest is full. Arguments and errors are the same; no prompts give
     no continuations.
     """
-    _check(model, length, stop)
+    _check(model, prompts, length, stop)
     texts = [bytearray() for _ in prompts]
     if prompts:
         for tokens in _continue(model, prompts, length, sampling, stop, seed):
@@ -204,7 +204,9 @@ def generate_from_source(
     return torch.tensor(filled, device=source.device)[:, prompt.shape[1] :]
 
 
-def _check(model: ReformerLM, length: int, stop: Sequence[bytes]) -> None:
+def _check(model: ReformerLM, prompts: Sequence[bytes], length: int, stop: Sequence[bytes]) -> None:
+    for prompt in prompts:
+        _expect("prompt", type(prompt).__name__, isinstance(prompt, (bytes, bytearray)), "of bytes")
     vocabulary = model.config.vocab_size
     _expect("model.config.vocab_size", vocabulary, vocabulary >= 256, ">= 256")
     _expect("length", length, length >= 0, ">= 0")

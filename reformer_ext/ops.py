@@ -538,6 +538,8 @@ def lsh_cache_append(
     v: Tensor,
     buckets: Tensor,
     lengths: Tensor,
+    *,
+    normalize: bool = False,
 ) -> None:
     """Puts T new positions into the cache of :func:`lsh_decode`, in place.
 
@@ -547,11 +549,14 @@ def lsh_cache_append(
         buckets: int32 ``(B, H, R, T)``; N or more: padding, which no bucket takes.
         lengths: int64 ``(B,)``: row t of sequence b becomes position ``lengths[b] + t``. Positions
             beyond the capacity are dropped.
+        normalize: keys of length one are made of k, as of the queries of shared QK.
 
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
-    torch.ops.reformer.lsh_cache_append.default(keys, values, table, counts, k, v, buckets, lengths)
+    torch.ops.reformer.lsh_cache_append.default(
+        keys, values, table, counts, k, v, buckets, lengths, normalize=normalize
+    )
 
 
 def set_workspace_limit(limit: int) -> None:

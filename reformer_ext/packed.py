@@ -181,6 +181,8 @@ def sequence_lengths(
             )
         cu_seqlens = cu_seqlens.tolist()
     ends = list(cu_seqlens)
+    if any(isinstance(end, float) for end in ends):
+        raise ValueError(f"{name}: expected cu_seqlens of integers, got {ends}")
     if len(ends) < 2 or ends[0] != 0:
         raise ValueError(
             f"{name}: expected cu_seqlens of 2 or more numbers that start at 0, "

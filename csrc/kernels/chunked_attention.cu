@@ -17,6 +17,7 @@ namespace {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int kThreads = 256;
+constexpr int kFewLanes = 4, kManyLanes = 8;  // per position; the few where one piece each is a row
 
 using Words = uint4;  // 16 bytes of a row, as loaded
 
@@ -257,7 +258,8 @@ template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     reduce_kernel(const __grid_constant__ ChunkedAttentionBackwardParams params,
                   const __grid_constant__ BackwardStage stage) {
-  constexpr int kStep = kLanes * Piece<T>::kSize, kPieces = 256 / kStep;
+  constexpr int kStep = kLanes * Piece<T>::kSize;
+  constexpr int kPieces = kLanes == kFewLanes ? 1 : 256 / kStep;
   wait_for_previous_kernel();
   const Position<kLanes> position(params, stage.head_begin);
   const int rounds = static_cast<int>(params.rounds), head_dim = static_cast<int>(params.head_dim);
@@ -330,9 +332,9 @@ cudaError_t launch_positions(const ChunkedAttentionParams& params, int64_t head_
   };
   const auto by_lanes = [&](auto element) {
     constexpr int kPieceBytes = 16;
-    return params.head_dim * element_size(params.dtype) <= 4 * kPieceBytes
-               ? launch(element, std::integral_constant<int, 4>{})
-               : launch(element, std::integral_constant<int, 8>{});
+    return params.head_dim * element_size(params.dtype) <= kFewLanes * kPieceBytes
+               ? launch(element, std::integral_constant<int, kFewLanes>{})
+               : launch(element, std::integral_constant<int, kManyLanes>{});
   };
   switch (params.dtype) {
     case DType::f32:
@@ -499,19 +501,21 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm
 }  // namespace
 
 int64_t chunked_attention_forward_workspace(const ChunkedAttentionParams& params) {
-  if (!is_valid(params)) return 0;
+  if (!is_valid(params) || local_sm90_supports(params)) return 0;
   const bool sm90 = sm90_supports(params);
   return ForwardWorkspace(params, forward_group(params, sm90), sm90, nullptr).bytes;
 }
 
 int64_t chunked_attention_backward_workspace(const ChunkedAttentionBackwardParams& params) {
   if (!is_valid(params)) return 0;
+  if (local_sm90_supports(params)) return local_sm90_backward_workspace(params);
   const bool sm90 = sm90_supports(params);
   return BackwardWorkspace(params, backward_group(params, sm90), sm90, nullptr).bytes;
 }
 
 cudaError_t chunked_attention_forward(const ChunkedAttentionParams& params, cudaStream_t stream) {
   if (!is_valid(params)) return cudaErrorInvalidValue;
+  if (local_sm90_supports(params)) return local_sm90_forward(params, stream);
   const bool sm90 = sm90_supports(params);
   const int64_t heads = params.batch * params.heads, group = forward_group(params, sm90);
   for (int64_t head = 0; head < heads; head += group) {
@@ -525,6 +529,7 @@ cudaError_t chunked_attention_forward(const ChunkedAttentionParams& params, cuda
 cudaError_t chunked_attention_backward(const ChunkedAttentionBackwardParams& params,
                                        cudaStream_t stream) {
   if (!is_valid(params)) return cudaErrorInvalidValue;
+  if (local_sm90_supports(params)) return local_sm90_backward(params, stream);
   const bool sm90 = sm90_supports(params);
   const int64_t heads = params.batch * params.heads, group = backward_group(params, sm90);
   for (int64_t head = 0; head < heads; head += group) {

@@ -13,6 +13,14 @@ constexpr int kProbeThreads = 32;
 #endif
 __global__ __launch_bounds__(kProbeThreads) void wgmma_probe() {}
 
+bool has_wgmma() {
+  DeviceTraits traits{};
+  return current_device_traits(&traits) == cudaSuccess && traits.major == 9 && traits.minor == 0 &&
+         has_body<wgmma_probe>();
+}
+
+bool is_half(DType dtype) { return dtype == DType::f16 || dtype == DType::bf16; }
+
 }  // namespace
 }  // namespace sm90
 
@@ -24,8 +32,7 @@ bool sm90_supports(const ChunkedAttentionParams& params) {
                      params.rounds * (params.length / 64 + 1) < (int64_t{1} << 30) &&
                      params.batch * params.heads < (int64_t{1} << 16);
   const bool flags =
-      (params.dtype == DType::f16 || params.dtype == DType::bf16) && params.k.data == nullptr &&
-      !params.correct_duplicates &&
+      sm90::is_half(params.dtype) && params.k.data == nullptr && !params.correct_duplicates &&
       (sm90::masks_of(params) == sm90::kPlain || dim <= sm90::kLargestMaskedHeadDim) &&
       params.scale > 0.0F;
   const bool strides =
@@ -33,9 +40,21 @@ bool sm90_supports(const ChunkedAttentionParams& params) {
   if (!sizes || !flags || !strides) return false;
   // Wrapping a line of one chunk would count that chunk twice.
   if (params.wrap && params.rounds == 1 && params.length <= params.chunk_size) return false;
-  DeviceTraits traits{};
-  return current_device_traits(&traits) == cudaSuccess && traits.major == 9 && traits.minor == 0 &&
-         has_body<sm90::wgmma_probe>();
+  return sm90::has_wgmma();
+}
+
+bool local_sm90_supports(const ChunkedAttentionParams& params) {
+  const bool sizes =
+      (params.head_dim == 32 || params.head_dim == 64 || params.head_dim == 128) &&
+      (params.chunk_size % sm90::kTileRows == 0 || params.chunk_size >= params.length) &&
+      params.length < (int64_t{1} << 30) && params.batch * params.heads < (int64_t{1} << 16);
+  const bool flags = sm90::is_half(params.dtype) && params.k.data != nullptr &&
+                     params.order == nullptr && params.buckets == nullptr &&
+                     params.dropout_p == 0.0F && params.scale > 0.0F;
+  const bool strides = params.q.stride_l <= sm90::kLargestRowStride &&
+                       params.k.stride_l <= sm90::kLargestRowStride &&
+                       params.v.stride_l <= sm90::kLargestRowStride;
+  return sizes && flags && strides && sm90::has_wgmma();
 }
 
 }  // namespace reformer::kernels

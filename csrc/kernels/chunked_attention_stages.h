@@ -63,4 +63,11 @@ cudaError_t sm90_forward(const ChunkedAttentionParams& params, const ForwardStag
 cudaError_t sm90_backward(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
                           cudaStream_t stream);
 
+// Local attention by wgmma: both passes whole, without stages. True where they cover these sizes
+// and flags on the current device.
+bool local_sm90_supports(const ChunkedAttentionParams& params);
+cudaError_t local_sm90_forward(const ChunkedAttentionParams& params, cudaStream_t stream);
+int64_t local_sm90_backward_workspace(const ChunkedAttentionParams& params);
+cudaError_t local_sm90_backward(const ChunkedAttentionBackwardParams& params, cudaStream_t stream);
+
 }  // namespace reformer::kernels

@@ -1,6 +1,6 @@
 // The hash for any sizes, types and device: a tiled fp32 product in registers whose columns are
-// reduced to their argmax as they come, so that xR is never stored. lsh_hash_sm90.cu has the
-// tensor-core instance.
+// reduced to their argmax as they come, so that xR is never stored. lsh_hash_sm80.cu and
+// lsh_hash_sm90.cu have the tensor-core instances.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -24,17 +24,6 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-__device__ __forceinline__ float load_rotation(const void* rotations, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::f16:
-      return to_float(static_cast<const __half*>(rotations)[i]);
-    case DType::bf16:
-      return to_float(static_cast<const __nv_bfloat16*>(rotations)[i]);
-    default:
-      return static_cast<const float*>(rotations)[i];
-  }
-}
-
 // Strictly larger, so that the lowest of equal columns stays, and a NaN is never taken.
 __device__ __forceinline__ void take_larger(LargestColumn& best, float value, int column) {
   if (fabsf(value) > fabsf(best.value)) best = {value, column};
@@ -53,6 +42,11 @@ struct Shared {
     LargestColumn candidates[kTiles][kTokens];
   };
   int64_t source[kColumns];  // offset of each column in a row of the rotations; -1: padding
+
+  // Neighbouring tiles of a token, and neighbouring tokens of a tile, lie in different banks.
+  __device__ __forceinline__ LargestColumn& candidate(int tile, int token) {
+    return candidates[tile][token ^ (tile % kColumnThreads)];
+  }
 };
 
 // Slot of a token's element in Slab::x: spreads eight depths over the banks and keeps fours
@@ -78,38 +72,55 @@ __device__ __forceinline__ void load_x(Shared<kParts>& shared, const X* rows, in
   }
 }
 
+template <typename T, int kParts>
+__device__ __forceinline__ void load_rotations_of(Shared<kParts>& shared,
+                                                  const LshHashParams& params, int64_t row_stride,
+                                                  int64_t head, int begin) {
+  constexpr int kColumns = Shared<kParts>::kColumns, kRows = kThreads / kColumns;
+  const int column = threadIdx.x % kColumns, first = threadIdx.x / kColumns;
+  const int64_t source = shared.source[column];
+  const T* rotation = static_cast<const T*>(params.rotations) +
+                      (head * params.head_dim + begin + first) * row_stride + source;
+#pragma unroll
+  for (int depth = first; depth < kDepth; depth += kRows, rotation += kRows * row_stride) {
+    const bool inside = source >= 0 && begin + depth < params.head_dim;
+    shared.slab.rotations[depth][column] = inside ? to_float(*rotation) : 0.0f;
+  }
+}
+
 template <int kParts>
 __device__ __forceinline__ void load_rotations(Shared<kParts>& shared, const LshHashParams& params,
                                                int64_t row_stride, int64_t head, int begin) {
-  constexpr int kColumns = Shared<kParts>::kColumns;
-  const int column = threadIdx.x % kColumns;
-  const int64_t source = shared.source[column];
-#pragma unroll
-  for (int depth = threadIdx.x / kColumns; depth < kDepth; depth += kThreads / kColumns) {
-    const bool inside = source >= 0 && begin + depth < params.head_dim;
-    shared.slab.rotations[depth][column] =
-        inside ? load_rotation(params.rotations, params.rotations_dtype,
-                               (head * params.head_dim + begin + depth) * row_stride + source)
-               : 0.0f;
+  switch (params.rotations_dtype) {
+    case DType::f32:
+      return load_rotations_of<float>(shared, params, row_stride, head, begin);
+    case DType::f16:
+      return load_rotations_of<__half>(shared, params, row_stride, head, begin);
+    case DType::bf16:
+      return load_rotations_of<__nv_bfloat16>(shared, params, row_stride, head, begin);
   }
 }
 
 // One token's way through the tiles of columns, in order.
 struct TokenState {
+  HashColumns::Factor now;
   LargestColumn best = {0.0f, 0};
   int round = 0, factor = 0, tile = 0, bucket = 0;
 
+  __device__ __forceinline__ explicit TokenState(const HashColumns& columns)
+      : now(columns.factors[0]) {}
+
   // Takes a tile's candidate; true when that completes a round, whose bucket is then in `bucket`.
   __device__ __forceinline__ bool advance(LargestColumn candidate, const HashColumns& columns) {
-    const HashColumns::Factor& now = columns.factors[factor];
     take_larger(best, candidate.value, tile * kTileColumns + candidate.column);
     if (++tile < now.tiles) return false;
     bucket += now.place * (best.column + (best.value < 0.0f ? now.columns : 0));
     best = {0.0f, 0};
     tile = 0;
-    if (++factor < columns.n_factors) return false;
-    factor = 0;
-    return true;
+    const bool last = ++factor == columns.n_factors;
+    if (last) factor = 0;
+    now = columns.factors[factor];
+    return last;
   }
 };
 
@@ -136,7 +147,7 @@ __global__ __launch_bounds__(kThreads,
   const int column_thread = threadIdx.x % kColumnThreads;
   const int my_token = threadIdx.x / kColumnThreads * kThreadTokens;
 
-  TokenState state;  // of token threadIdx.x
+  TokenState state(columns);  // of token threadIdx.x
   const bool owns_token = threadIdx.x < count;
   const bool is_padding =
       owns_token && params.key_padding_mask != nullptr &&
@@ -191,18 +202,27 @@ __global__ __launch_bounds__(kThreads,
         LargestColumn best = {0.0f, 0};
 #pragma unroll
         for (int c = 0; c < kTileColumns; ++c) take_larger(best, sums[part][i][c], c);
-        shared.candidates[part * kColumnThreads + column_thread][my_token + i] = best;
+        shared.candidate(part * kColumnThreads + column_thread, my_token + i) = best;
       }
     }
     __syncthreads();
     if (owns_token) {
-      for (int i = 0; i < min(kTiles, tiles - base); ++i) {
-        if (!state.advance(shared.candidates[i][threadIdx.x], columns)) continue;
-        const int64_t round = (sequence * params.rounds) + first_round + state.round;
-        params.buckets[round * params.length + first_token + threadIdx.x] =
-            is_padding ? columns.padding_bucket : state.bucket;
-        state.bucket = 0;
-        ++state.round;
+      constexpr int kAtOnce = 8;
+      for (int i = 0; i < min(kTiles, tiles - base); i += kAtOnce) {
+        LargestColumn candidates[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          candidates[j] = shared.candidate(i + j, static_cast<int>(threadIdx.x));
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (base + i + j >= tiles || !state.advance(candidates[j], columns)) continue;
+          const int64_t round = (sequence * params.rounds) + first_round + state.round;
+          params.buckets[round * params.length + first_token + threadIdx.x] =
+              is_padding ? columns.padding_bucket : state.bucket;
+          state.bucket = 0;
+          ++state.round;
+        }
       }
     }
   }
@@ -250,13 +270,21 @@ bool valid(const LshHashParams& params) {
 }  // namespace
 
 int64_t lsh_hash_workspace(const LshHashParams& params) {
-  return valid(params) && lsh_hash_sm90_supports(params) ? lsh_hash_sm90_workspace(params) : 0;
+  if (!valid(params)) return 0;
+  if (lsh_hash_sm90_supports(params)) return lsh_hash_sm90_workspace(params);
+  if (lsh_hash_sm80_supports(params)) return lsh_hash_sm80_workspace(params);
+  return 0;
 }
 
 cudaError_t lsh_hash(const LshHashParams& params, cudaStream_t stream) {
   if (!valid(params)) return cudaErrorInvalidValue;
   if (params.batch * params.heads * params.length * params.rounds == 0) return cudaSuccess;
   if (lsh_hash_sm90_supports(params)) return lsh_hash_sm90(params, stream);
+  if (lsh_hash_sm80_supports(params)) return lsh_hash_sm80(params, stream);
+  return lsh_hash_simt(params, stream);
+}
+
+cudaError_t lsh_hash_simt(const LshHashParams& params, cudaStream_t stream) {
   switch (params.x_dtype) {
     case DType::f32:
       return launch<float>(params, stream);

@@ -31,14 +31,23 @@ struct HashColumns {
 };
 
 // Of one factor: the column with the largest absolute value so far, and its value.
-struct LargestColumn {
+struct alignas(8) LargestColumn {
   float value;
   int column;
 };
 
-// The wgmma instance (lsh_hash_sm90.cu): x and rotations of one 16-bit type, on sm_90a.
+// The instances that lsh_hash chooses from; params are those of lsh_hash, valid and not empty.
+
+// Tensor cores, x and rotations of one 16-bit type: wgmma on sm_90a (lsh_hash_sm90.cu), mma.sync
+// from sm_80 on (lsh_hash_sm80.cu).
 bool lsh_hash_sm90_supports(const LshHashParams& params);
 int64_t lsh_hash_sm90_workspace(const LshHashParams& params);
 cudaError_t lsh_hash_sm90(const LshHashParams& params, cudaStream_t stream);
+bool lsh_hash_sm80_supports(const LshHashParams& params);
+int64_t lsh_hash_sm80_workspace(const LshHashParams& params);
+cudaError_t lsh_hash_sm80(const LshHashParams& params, cudaStream_t stream);
+
+// Everything, without workspace (lsh_hash.cu).
+cudaError_t lsh_hash_simt(const LshHashParams& params, cudaStream_t stream);
 
 }  // namespace reformer::kernels

@@ -13,71 +13,20 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <iterator>
 #include <type_traits>
 
 #include "launch.cuh"
-#include "lsh_hash_columns.h"
+#include "lsh_hash_packed.h"
+#include "lsh_hash_search.cuh"
 #include "wgmma.cuh"
 
 namespace reformer::kernels {
 namespace hash_sm90 {
-
-// ---- Factors
-
-// The tiles of a chunk whose factors are known at compile time. A chunk must be whole rounds.
-template <int kChunkTiles, int... kFactorTiles>
-struct StaticFactors {
-  static constexpr bool kStatic = true;
-  static constexpr int kChunk = kChunkTiles;
-  static_assert(kChunk % (kFactorTiles + ...) == 0, "a round must not straddle chunks");
-
-  static bool match(const HashColumns& columns) {
-    constexpr int kTiles[] = {kFactorTiles...};
-    if (columns.n_factors != sizeof...(kFactorTiles)) return false;
-    return std::equal(
-        std::begin(kTiles), std::end(kTiles), columns.factors,
-        [](int tiles, const HashColumns::Factor& factor) { return tiles == factor.tiles; });
-  }
-
-  // Per tile one bit: it begins a factor, it ends one, it ends a round. Per tile four bits: its
-  // factor, and the tile its factor begins with.
-  struct Map {
-    uint32_t begins = 0, ends = 0, ends_round = 0;
-    uint64_t factor = 0, first_tile = 0;
-  };
-  static constexpr Map map() {
-    constexpr int kTiles[] = {kFactorTiles...};
-    constexpr int kFactors = sizeof...(kFactorTiles);
-    Map map;
-    for (int tile = 0, f = 0; tile < kChunk; tile += kTiles[f], f = (f + 1) % kFactors) {
-      const int last = tile + kTiles[f] - 1;
-      map.begins |= 1u << tile;
-      map.ends |= 1u << last;
-      if (f == kFactors - 1) map.ends_round |= 1u << last;
-      for (int i = tile; i <= last; ++i) {
-        map.factor |= uint64_t(f) << (4 * i);
-        map.first_tile |= uint64_t(tile) << (4 * i);
-      }
-    }
-    return map;
-  }
-  static constexpr uint32_t kBegins = map().begins, kEnds = map().ends,
-                            kEndsRound = map().ends_round;
-  static constexpr uint64_t kFactor = map().factor, kFirstTile = map().first_tile;
-};
-
-// Any others: the walk through them is kept at run time.
-struct AnyFactors {
-  static constexpr bool kStatic = false;
-  static constexpr int kChunk = 8;
-};
-
 namespace {
 
+using namespace packed_hash;
+
 constexpr int kTokens = 64;       // of a warpgroup's tile
-constexpr int kTileColumns = 8;   // columns of an accumulator's tile
-constexpr int kRowBytes = 128;    // of one packed column: 64 elements
 constexpr int kAlignment = 1024;  // of swizzled tiles
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -94,79 +43,6 @@ constexpr int launch_bound(int steps) {
   return warpgroups(steps) * 128;
 #endif
 }
-
-// ---- Packed rotations
-//
-// [rotation head][group of rounds][64 elements of D][column][64]: 16-byte pieces swizzled as wgmma
-// wants them, columns in the order of HashColumns padded to whole chunks with zeros. The elements
-// of a row are permuted so that a thread's 16-byte loads of x are its A operands: lane q of four
-// holds elements 8 q to 8 q + 7 of every 32, which serve as its columns 2 q, 2 q + 1, 2 q + 8 and
-// 2 q + 9 of two multiplies.
-
-// The element of D that stands at index k of a packed row.
-__host__ __device__ constexpr int element_at(int k) {
-  const int multiply = k / 16 % 2, lane = k % 8 / 2, upper = k % 16 / 8;
-  return k / 32 * 32 + lane * 8 + multiply * 4 + upper * 2 + k % 2;
-}
-
-struct Packing {
-  int halves;   // 64-element parts of D
-  int columns;  // of a group of rounds, padded
-  int rounds;   // of a group
-  int groups;
-
-  __host__ __device__ int64_t group_bytes() const { return int64_t{halves} * columns * kRowBytes; }
-};
-
-template <typename T>
-__global__ void pack_kernel(const __grid_constant__ LshHashParams params,
-                            const __grid_constant__ HashColumns columns, Packing packing) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  constexpr int kPiece = 8, kPieces = 8;  // elements of a piece, pieces of a row
-  const int64_t pieces =
-      params.rotation_heads * packing.groups * packing.halves * kPieces * packing.columns;
-  const int64_t piece = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (piece >= pieces) return;
-  const int column = piece % packing.columns;
-  int64_t rest = piece / packing.columns;
-  const int piece_of_row = rest % kPieces;
-  rest /= kPieces;
-  const int half = rest % packing.halves;
-  rest /= packing.halves;
-  const int group = rest % packing.groups;
-  const int64_t head = rest / packing.groups;
-
-  const int round = group * packing.rounds + column / kTileColumns / columns.tiles_per_round;
-  int tile = column / kTileColumns % columns.tiles_per_round, factor = 0;
-  while (tile >= columns.factors[factor].tiles) tile -= columns.factors[factor++].tiles;
-  const int factor_column = tile * kTileColumns + column % kTileColumns;
-  const bool real = column < packing.rounds * columns.tiles_per_round * kTileColumns &&
-                    round < params.rounds && factor_column < columns.factors[factor].columns;
-
-  const T* rotations = static_cast<const T*>(params.rotations);
-  const int64_t row_stride = params.rounds * columns.columns;
-  const int64_t source =
-      round * columns.columns + columns.factors[factor].first_column + factor_column;
-  alignas(16) T packed[kPiece];
-#pragma unroll
-  for (int i = 0; i < kPiece; ++i) {
-    const int element = half * 64 + element_at(piece_of_row * kPiece + i);
-    packed[i] = real && element < params.head_dim
-                    ? rotations[(head * params.head_dim + element) * row_stride + source]
-                    : T(0.0f);
-  }
-  char* row = static_cast<char*>(params.workspace) +
-              (head * packing.groups + group) * packing.group_bytes() +
-              (int64_t{half} * packing.columns + column) * kRowBytes;
-  reinterpret_cast<uint4*>(row)[piece_of_row ^ (column % 8)] =
-      *reinterpret_cast<const uint4*>(packed);
-}
-
-// 0.0f where the compiler cannot see it: see take_larger.
-struct OpaqueZero {
-  float value;
-};
 
 #ifdef REFORMER_HASH_SM90A
 
@@ -228,193 +104,15 @@ __device__ __forceinline__ void pin(Products<kChunk>& products) {
   }
 }
 
-// ---- Tokens
-
-// A thread's share of 64 tokens: rows 2 g and 2 g + 1 of its warp's 16 (g = lane / 4), as
-// accumulator rows g and g + 8, so that neighbouring lanes hold neighbouring tokens.
-template <int kSteps>
-using Tokens = uint4[2][kSteps / 2];
-
+// The first token of the thread's warp in a warpgroup's tile, and its batch.
 struct TokenTile {
   int64_t batch;
-  int first;  // the thread's first token
+  int first;
 
   __device__ TokenTile(int tile, int tiles_per_sequence) {
     batch = tile / tiles_per_sequence;
-    first = tile % tiles_per_sequence * kTokens + threadIdx.x % 128 / 32 * 16 +
-            threadIdx.x % 32 / 4 * 2;
+    first = tile % tiles_per_sequence * kTokens + threadIdx.x % 128 / 32 * 16;
   }
-};
-
-template <int kSteps>
-__device__ __forceinline__ void load_tokens(Tokens<kSteps>& tokens, const LshHashParams& params,
-                                            int64_t head, const TokenTile& tile) {
-  const int quad_lane = threadIdx.x % 4, head_dim = static_cast<int>(params.head_dim);
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const int64_t token = tile.first + row;
-    const uint16_t* x = static_cast<const uint16_t*>(params.x) + tile.batch * params.x_stride_b +
-                        head * params.x_stride_h + token * params.x_stride_l;
-#pragma unroll
-    for (int part = 0; part < kSteps / 2; ++part) {
-      const int element = part * 32 + quad_lane * 8;
-      tokens[row][part] = make_uint4(0, 0, 0, 0);
-      if (token < params.length && element < head_dim) {
-        tokens[row][part] = __ldg(reinterpret_cast<const uint4*>(x + element));
-      }
-    }
-  }
-}
-
-template <int kSteps>
-__device__ __forceinline__ void to_operands(uint32_t (&operands)[kSteps][4],
-                                            const Tokens<kSteps>& tokens) {
-#pragma unroll
-  for (int part = 0; part < kSteps / 2; ++part) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      operands[2 * part][row] = tokens[row][part].x;
-      operands[2 * part][row + 2] = tokens[row][part].y;
-      operands[2 * part + 1][row] = tokens[row][part].z;
-      operands[2 * part + 1][row + 2] = tokens[row][part].w;
-    }
-  }
-}
-
-// ---- Search for the largest column
-
-// if (|value| > |best.value|) best = {value, column}: strictly, so that the lowest of equal columns
-// stays. The conditional moves are written as additions of zero, which the otherwise idle FMA pipe
-// executes: the ALU pipe would be the bottleneck. column < 2^23 is added as a denormal number;
-// adding -0.0 keeps -0.0 too.
-__device__ __forceinline__ void take_larger(LargestColumn& best, float value, int column,
-                                            OpaqueZero zero) {
-  asm("{.reg .pred larger; .reg .f32 a, b, c;"
-      " abs.f32 a, %2; abs.f32 b, %0; setp.gt.f32 larger, a, b; mov.b32 c, %1;"
-      " @larger add.rn.f32 %0, %2, %5; @larger add.rn.f32 c, %4, %3; mov.b32 %1, c;}"
-      : "+f"(best.value), "+r"(best.column)
-      : "f"(value), "f"(__int_as_float(column)), "f"(zero.value), "f"(-zero.value));
-}
-
-__device__ __forceinline__ LargestColumn larger(LargestColumn a, LargestColumn b) {
-  const float x = fabsf(a.value), y = fabsf(b.value);
-  return y > x || (y == x && b.column < a.column) ? b : a;
-}
-
-__device__ __forceinline__ LargestColumn from_lane_xor(LargestColumn best, int mask) {
-  return {__shfl_xor_sync(0xffffffff, best.value, mask),
-          __shfl_xor_sync(0xffffffff, best.column, mask)};
-}
-
-// Over the four lanes that share two rows: lanes 0 and 2 get the first row's, lanes 1 and 3 the
-// second's.
-__device__ __forceinline__ LargestColumn largest_of_quad(const LargestColumn (&best)[2]) {
-  const bool second = threadIdx.x % 2 == 1;
-  LargestColumn mine = second ? best[1] : best[0];
-  mine = larger(mine, from_lane_xor(second ? best[0] : best[1], 1));
-  return larger(mine, from_lane_xor(mine, 2));
-}
-
-// The state of the search through one tile of tokens.
-template <class Factors>
-class Search {
- public:
-  static constexpr int kChunk = Factors::kChunk;
-
-  __device__ __forceinline__ Search(const LshHashParams& params, const HashColumns& columns,
-                                    int64_t head, int first_round, int rounds, OpaqueZero zero)
-      : params_(params),
-        columns_(columns),
-        head_(head),
-        first_round_(first_round),
-        rounds_(rounds),
-        zero_(zero) {}
-
-  __device__ __forceinline__ void start(const TokenTile& tile) {
-    const int token = tile.first + static_cast<int>(threadIdx.x % 2);
-    const int64_t sequence = tile.batch * params_.heads + head_;
-    buckets_ =
-        params_.buckets + (sequence * params_.rounds + first_round_) * params_.length + token;
-    stores_ = threadIdx.x % 4 < 2 && token < params_.length;
-    is_padding_ = stores_ && params_.key_padding_mask != nullptr &&
-                  params_.key_padding_mask[tile.batch * params_.length + token];
-    round_ = factor_ = bucket_ = first_column_ = 0;
-    tiles_left_ = columns_.factors[0].tiles;
-    best_[0] = best_[1] = {0.0f, 0};
-  }
-
-  // Takes a chunk of products; stores the buckets of the rounds it completes.
-  __device__ __forceinline__ void take(const Products<kChunk>& products) {
-#pragma unroll
-    for (int tile = 0; tile < kChunk; ++tile) {
-      const int column = tile * kTileColumns;
-      if constexpr (Factors::kStatic) {
-        const bool begins = Factors::kBegins >> tile & 1;
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          if (begins) {
-            best_[row] = {products[tile][2 * row], column};
-          } else {
-            take_larger(best_[row], products[tile][2 * row], column, zero_);
-          }
-          take_larger(best_[row], products[tile][2 * row + 1], column + 1, zero_);
-        }
-        if (Factors::kEnds >> tile & 1) {
-          finish_factor(Factors::kFactor >> (4 * tile) & 15,
-                        static_cast<int>(Factors::kFirstTile >> (4 * tile) & 15) * kTileColumns,
-                        Factors::kEndsRound >> tile & 1);
-        }
-      } else {
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          take_larger(best_[row], products[tile][2 * row], column, zero_);
-          take_larger(best_[row], products[tile][2 * row + 1], column + 1, zero_);
-        }
-        if (--tiles_left_ == 0) {
-          const bool last = factor_ == columns_.n_factors - 1;
-          finish_factor(factor_, first_column_, last);
-          factor_ = last ? 0 : factor_ + 1;
-          tiles_left_ = columns_.factors[factor_].tiles;
-          first_column_ = column + kTileColumns;
-          best_[0] = best_[1] = {0.0f, first_column_};
-        }
-      }
-    }
-    if constexpr (!Factors::kStatic) {
-      // Columns count from the chunk's start.
-      first_column_ -= kChunk * kTileColumns;
-      best_[0].column -= kChunk * kTileColumns;
-      best_[1].column -= kChunk * kTileColumns;
-    }
-  }
-
- private:
-  __device__ __forceinline__ void finish_factor(int index, int first_column, bool last) {
-    const HashColumns::Factor& factor = columns_.factors[index];
-    LargestColumn mine[2] = {best_[0], best_[1]};
-    mine[0].column += static_cast<int>(threadIdx.x % 4) * 2 - first_column;
-    mine[1].column += static_cast<int>(threadIdx.x % 4) * 2 - first_column;
-    const LargestColumn best = largest_of_quad(mine);
-    // NaN products may leave a padding column: any digit will do, but a digit.
-    const int column = min(best.column, factor.columns - 1);
-    bucket_ += factor.place * (column + (best.value < 0.0f ? factor.columns : 0));
-    if (!last) return;
-    if (stores_ && round_ < rounds_) *buckets_ = is_padding_ ? columns_.padding_bucket : bucket_;
-    buckets_ += params_.length;
-    bucket_ = 0;
-    ++round_;
-  }
-
-  const LshHashParams& params_;
-  const HashColumns& columns_;
-  const int64_t head_;
-  const int first_round_, rounds_;
-  const OpaqueZero zero_;
-  int32_t* buckets_;  // of this lane's token in the current round
-  bool stores_, is_padding_;
-  int bucket_, round_;
-  LargestColumn best_[2];
-  int factor_, tiles_left_, first_column_;  // AnyFactors
 };
 
 // ---- Kernel
@@ -494,31 +192,34 @@ __global__ __launch_bounds__(launch_bound(kSteps),
       return TokenTile(index - head_tile, tiles_per_sequence);
     };
 
-    Tokens<kSteps> next;
-    uint32_t operands[kSteps][4];
+    Tokens<1, kSteps> next;
+    Operands<1, kSteps> operands;
     int next_tile = tile;
     const auto load_next = [&] {
-      load_tokens<kSteps>(next, params, head, token_tile(next_tile));
+      const TokenTile now = token_tile(next_tile);
+      load_tokens<1, kSteps>(next, params, now.batch, head, now.first);
       next_tile = min(next_tile + kWarpgroups, end - 1);  // past the end: not used
     };
     const auto take_next = [&] {
       if constexpr (!kPrefetch) load_next();
-      to_operands<kSteps>(operands, next);
+      to_operands<1, kSteps>(operands, next);
       if constexpr (kPrefetch) load_next();
     };
     if constexpr (kPrefetch) load_next();
     take_next();
 
-    Search<Factors> search(params, columns, head, first_round, rounds, zero);
+    Search<Factors, 1> search(params, columns, head, first_round, rounds, zero);
     Products<kChunk> products;
     for (; tile < end; tile += kWarpgroups) {
-      search.start(token_tile(tile));
+      const TokenTile now = token_tile(tile);
+      search.start(now.batch, now.first);
       for (int chunk = 0; chunk < chunks; ++chunk) {
-        multiply<T, kSteps, kChunk>(products, operands, rotations + chunk * kChunkStride,
+        multiply<T, kSteps, kChunk>(products, operands[0], rotations + chunk * kChunkStride,
                                     half_stride);
         sm90::wgmma_wait<0>();
         pin<kChunk>(products);
-        search.take(products);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) search.take(i, &products[i]);
       }
       take_next();
     }
@@ -531,7 +232,8 @@ __global__ __launch_bounds__(launch_bound(kSteps),
 // Calls f with the kind of factors that the kernels know for these columns.
 template <class Function>
 auto with_factors(const LshHashParams& params, const HashColumns& columns, const Function& f) {
-  if (params.head_dim > 128) return f(AnyFactors{});
+  using Any = AnyFactors<8>;
+  if (params.head_dim > 128) return f(Any{});
   // The sizes of default_n_buckets, 4 to 2^15 chunks.
   if (StaticFactors<8, 1, 1>::match(columns)) return f(StaticFactors<8, 1, 1>{});
   if (StaticFactors<12, 1, 2>::match(columns)) return f(StaticFactors<12, 1, 2>{});
@@ -540,27 +242,14 @@ auto with_factors(const LshHashParams& params, const HashColumns& columns, const
   if (StaticFactors<8, 4, 4>::match(columns)) return f(StaticFactors<8, 4, 4>{});
   if (StaticFactors<8, 1, 1, 2>::match(columns)) return f(StaticFactors<8, 1, 1, 2>{});
   if (StaticFactors<12, 2, 2, 2>::match(columns)) return f(StaticFactors<12, 2, 2, 2>{});
-  return f(AnyFactors{});
+  return f(Any{});
 }
 
-// Rounds go in groups whose packed rotations fit in shared memory. rounds == 0: not even one fits.
-Packing make_packing(const LshHashParams& params, const HashColumns& columns,
-                     int64_t shared_memory) {
-  const int chunk_columns = kTileColumns * with_factors(params, columns, [](auto factors) {
-                              return decltype(factors)::kChunk;
-                            });
-  Packing packing{};
-  packing.halves = params.head_dim <= 64 ? 1 : params.head_dim <= 128 ? 2 : 4;
-  const int64_t fitting_columns =
-      (shared_memory - kAlignment) / (packing.halves * kRowBytes) / chunk_columns * chunk_columns;
-  const int64_t round_columns = int64_t{columns.tiles_per_round} * kTileColumns;
-  const int64_t fitting_rounds = std::min(fitting_columns / round_columns, params.rounds);
-  if (fitting_rounds == 0) return packing;
-  packing.groups = static_cast<int>(ceil_div(params.rounds, fitting_rounds));
-  packing.rounds = static_cast<int>(ceil_div<int64_t>(params.rounds, packing.groups));
-  packing.columns =
-      static_cast<int>(round_up<int64_t>(packing.rounds * round_columns, chunk_columns));
-  return packing;
+Packing packing_for(const LshHashParams& params, const HashColumns& columns,
+                    const DeviceTraits& traits) {
+  const int chunk_tiles =
+      with_factors(params, columns, [](auto factors) { return decltype(factors)::kChunk; });
+  return make_packing(params, columns, chunk_tiles, traits.shared_memory - kAlignment);
 }
 
 template <typename T, int kSteps, class Factors>
@@ -573,11 +262,7 @@ cudaError_t launch(const LshHashParams& params, const HashColumns& columns, cons
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
 
-  constexpr int kPackThreads = 256;
-  const int64_t pieces = params.rotation_heads * packing.groups * packing.group_bytes() / 16;
-  const auto pack_blocks = static_cast<unsigned>(ceil_div<int64_t>(pieces, kPackThreads));
-  error = launch_overlapped(pack_kernel<T>, {pack_blocks, kPackThreads}, stream, params, columns,
-                            packing);
+  error = pack_rotations(params, columns, packing, stream);
   if (error != cudaSuccess) return error;
 
   const int tiles_per_sequence = static_cast<int>(ceil_div<int64_t>(params.length, kTokens));
@@ -593,7 +278,7 @@ template <typename T>
 cudaError_t choose_steps(const LshHashParams& params, const HashColumns& columns,
                          const Packing& packing, const DeviceTraits& traits, cudaStream_t stream) {
   if (params.head_dim > 128) {
-    return launch<T, 16, AnyFactors>(params, columns, packing, traits, stream);
+    return launch<T, 16, AnyFactors<8>>(params, columns, packing, traits, stream);
   }
   return with_factors(params, columns, [&](auto factors) {
     using Factors = decltype(factors);
@@ -611,33 +296,23 @@ cudaError_t choose_steps(const LshHashParams& params, const HashColumns& columns
 }  // namespace hash_sm90
 
 bool lsh_hash_sm90_supports(const LshHashParams& params) {
-  constexpr int64_t kMaxHeadDim = 256;
-  const auto aligned = [](int64_t stride) { return stride % 8 == 0; };
-  if (params.x_dtype == DType::f32 || params.x_dtype != params.rotations_dtype ||
-      params.head_dim > kMaxHeadDim || params.head_dim % 8 != 0 ||
-      reinterpret_cast<uintptr_t>(params.x) % 16 != 0 || !aligned(params.x_stride_b) ||
-      !aligned(params.x_stride_h) || !aligned(params.x_stride_l)) {
-    return false;
-  }
-  const int64_t tiles =
-      params.batch * params.heads * ceil_div<int64_t>(params.length, hash_sm90::kTokens);
-  if (tiles > INT32_MAX || params.length > INT32_MAX - hash_sm90::kTokens) return false;
+  if (!packed_hash::suits(params)) return false;
   DeviceTraits traits{};
   if (current_device_traits(&traits) != cudaSuccess || traits.major != 9 || traits.minor != 0) {
     return false;
   }
   const HashColumns columns(params, hash_sm90::kTileColumns);
-  const auto packing = hash_sm90::make_packing(params, columns, traits.shared_memory);
+  const auto packing = hash_sm90::packing_for(params, columns, traits);
   return packing.rounds > 0 && packing.groups <= 65535 &&
-         has_body<hash_sm90::hash_kernel<__nv_bfloat16, 4, hash_sm90::AnyFactors>>();
+         has_body<hash_sm90::hash_kernel<__nv_bfloat16, 4, hash_sm90::AnyFactors<8>>>();
 }
 
 int64_t lsh_hash_sm90_workspace(const LshHashParams& params) {
   DeviceTraits traits{};
   if (current_device_traits(&traits) != cudaSuccess) return 0;
   const HashColumns columns(params, hash_sm90::kTileColumns);
-  const auto packing = hash_sm90::make_packing(params, columns, traits.shared_memory);
-  return params.rotation_heads * packing.groups * packing.group_bytes();
+  const auto packing = hash_sm90::packing_for(params, columns, traits);
+  return packed_hash::packed_bytes(params, packing);
 }
 
 cudaError_t lsh_hash_sm90(const LshHashParams& params, cudaStream_t stream) {
@@ -645,7 +320,7 @@ cudaError_t lsh_hash_sm90(const LshHashParams& params, cudaStream_t stream) {
   const cudaError_t error = current_device_traits(&traits);
   if (error != cudaSuccess) return error;
   const HashColumns columns(params, hash_sm90::kTileColumns);
-  const auto packing = hash_sm90::make_packing(params, columns, traits.shared_memory);
+  const auto packing = hash_sm90::packing_for(params, columns, traits);
   if (params.x_dtype == DType::f16) {
     return hash_sm90::choose_steps<__half>(params, columns, packing, traits, stream);
   }

@@ -56,12 +56,14 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(address)
                : "memory");
+}
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
+  load_matrices(x, static_cast<uint32_t>(__cvta_generic_to_shared(row)));
 }
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));

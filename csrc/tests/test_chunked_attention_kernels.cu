@@ -490,8 +490,8 @@ bool passes(const Case& c, std::mt19937& generator) {
   run(in, lists, again);
   bool ok = true;
   for (const auto& [first, second] :
-       {std::pair{&outputs.grad_q, &again.grad_q}, std::pair{&outputs.grad_v, &again.grad_v},
-        std::pair{&outputs.out, &again.out}}) {
+       {std::pair{&outputs.grad_q, &again.grad_q}, std::pair{&outputs.grad_k, &again.grad_k},
+        std::pair{&outputs.grad_v, &again.grad_v}, std::pair{&outputs.out, &again.out}}) {
     if (first->device.download() != second->device.download()) {
       std::printf("  two runs differ\n");
       ok = false;
@@ -539,11 +539,38 @@ bool passes(const Case& c, std::mt19937& generator) {
   return ok;
 }
 
+// Local attention: its own kernels on sm_90a, for these head dimensions and chunks of whole tiles.
+Case random_local_case(std::mt19937& generator) {
+  const auto pick = [&](std::vector<int64_t> values) {
+    return values[generator() % values.size()];
+  };
+  const auto chance = [&](int one_in) { return generator() % one_in == 0; };
+  Case c;
+  c.dtype = chance(2) ? DType::f16 : DType::bf16;
+  c.batch = pick({1, 1, 2});
+  c.heads = pick({1, 2, 3});
+  c.head_dim = pick({32, 64, 64, 128});
+  c.length = pick({1, 63, 64, 65, 129, 200, 256, 320, 450, 577});
+  c.chunk_size = pick({64, 64, 128, 128, 192, 256, 512, 1000});
+  c.look_back = pick({0, 1, 1, 1, 2, 1000});
+  c.look_ahead = pick({0, 0, 0, 1, 2});
+  c.ordered = c.shared_qk = false;
+  c.wrap = chance(4);
+  c.mask_self = chance(4);
+  c.causal = chance(2);
+  c.padded = chance(3);
+  c.transposed = chance(3);
+  c.grad_lse = !chance(4);
+  c.scale = chance(4) ? 0.5 : 0.0;
+  return c;
+}
+
 Case random_case(std::mt19937& generator) {
   const auto pick = [&](std::vector<int64_t> values) {
     return values[generator() % values.size()];
   };
   const auto chance = [&](int one_in) { return generator() % one_in == 0; };
+  if (chance(4)) return random_local_case(generator);
   Case c;
   c.dtype = static_cast<DType>(generator() % 3);
   c.batch = pick({1, 1, 2});
@@ -675,6 +702,51 @@ std::vector<Case> corners() {
       cases.push_back(c);
       c.head_dim = 128;
       cases.push_back(c);
+    }
+  }
+  for (const DType dtype : {DType::f16, DType::bf16}) {
+    for (const int64_t head_dim : {32, 64, 128}) {
+      Case base;  // local attention
+      base.dtype = dtype;
+      base.heads = 2;
+      base.head_dim = head_dim;
+      base.shared_qk = base.ordered = base.mask_self = base.wrap = false;
+      for (const int64_t chunk_size : {64, 128, 256}) {
+        Case c = base;
+        c.chunk_size = chunk_size;
+        c.length = 3 * chunk_size;
+        c.causal = true;
+        cases.push_back(c);
+        c.length = 3 * chunk_size + 37;  // a short last chunk, a short last tile
+        c.padded = c.transposed = true;
+        cases.push_back(c);
+        c.causal = false;
+        c.look_ahead = 1;
+        cases.push_back(c);
+        c.look_back = 0;
+        c.look_ahead = 0;
+        c.padded = c.grad_lse = false;
+        cases.push_back(c);
+        c.look_back = 2;
+        c.mask_self = c.wrap = true;
+        cases.push_back(c);
+        c.causal = c.padded = true;  // the first query is alone, or has nothing
+        c.wrap = false;
+        c.batch = 2;
+        cases.push_back(c);
+        c.wrap = true;
+        c.look_back = 1;
+        c.look_ahead = 1;
+        cases.push_back(c);
+      }
+      for (const int64_t length : {1, 64, 65, 130}) {  // one chunk, not of whole tiles
+        Case c = base;
+        c.length = length;
+        c.chunk_size = 130;
+        cases.push_back(c);
+        c.causal = c.mask_self = true;
+        cases.push_back(c);
+      }
     }
   }
   Case groups;  // more heads than one group's workspace holds

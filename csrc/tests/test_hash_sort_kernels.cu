@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <string>
@@ -16,6 +17,7 @@
 
 #include "../kernels/bucket_sort.h"
 #include "../kernels/lsh_hash.h"
+#include "../kernels/lsh_hash_columns.h"
 
 namespace {
 
@@ -203,58 +205,36 @@ std::vector<float> random_normal(size_t count, uint32_t seed) {
   return values;
 }
 
-// Every digit must point at the largest product up to rounding of the float32 accumulation.
-void test_hash(const HashCase& c, bool special_values = false) {
-  const int64_t rotation_heads = c.shared_rotations ? 1 : c.heads;
+struct HashInstance {
+  const char* name;
+  bool (*supports)(const LshHashParams&);
+  int64_t (*workspace)(const LshHashParams&);
+  cudaError_t (*run)(const LshHashParams&, cudaStream_t);
+};
+constexpr HashInstance kHashInstances[] = {
+    {"chosen", [](const LshHashParams&) { return true; }, reformer::kernels::lsh_hash_workspace,
+     reformer::kernels::lsh_hash},
+    {"mma.sync", reformer::kernels::lsh_hash_sm80_supports,
+     reformer::kernels::lsh_hash_sm80_workspace, reformer::kernels::lsh_hash_sm80},
+    {"SIMT", [](const LshHashParams&) { return true; },
+     [](const LshHashParams&) { return int64_t{0}; }, reformer::kernels::lsh_hash_simt},
+};
+int64_t hash_runs[std::size(kHashInstances)];
+
+// special: some rows are zeros, NaN, or hold an infinity. integers: exact products with many ties,
+// which go to the lowest of the largest columns, with its sign.
+enum class Values { normal, special, integers };
+
+// Buckets that do not point at the largest products, those of rows that are not finite aside.
+int64_t count_wrong(const HashCase& c, const LshHashParams& params, const Stored& x,
+                    const Stored& rotations, const std::vector<uint8_t>& mask, Values kind,
+                    const std::vector<int32_t>& got) {
   int64_t columns = 0;
   int32_t padding_bucket = 1;
   for (int32_t factor : c.factors) {
     columns += factor / 2;
     padding_bucket *= factor;
   }
-  std::vector<float> x_values = random_normal(c.batch * c.heads * c.length * c.head_dim, 1);
-  if (special_values) {  // rows of zeros, NaN, infinity
-    for (int64_t i = 0; i < static_cast<int64_t>(x_values.size()); ++i) {
-      const int64_t row = i / c.head_dim;
-      if (row % 7 == 0) x_values[i] = 0.0f;
-      if (row % 7 == 1) x_values[i] = std::numeric_limits<float>::quiet_NaN();
-      if (row % 7 == 2 && i % c.head_dim == 3) x_values[i] = std::numeric_limits<float>::infinity();
-    }
-  }
-  const Stored x = store(x_values, c.x_dtype);
-  const Stored rotations =
-      store(random_normal(rotation_heads * c.head_dim * c.rounds * columns, 2), c.rotations_dtype);
-  std::vector<uint8_t> mask(c.batch * c.length, 0);
-  if (c.mask) {
-    for (size_t i = 0; i < mask.size(); ++i) mask[i] = i % 5 == 0;
-  }
-  const Buffer x_device(x.bytes), rotations_device(rotations.bytes), mask_device(mask);
-  const Buffer buckets(c.batch * c.heads * c.rounds * c.length * sizeof(int32_t));
-  LshHashParams params{};
-  params.x = x_device.data();
-  params.x_stride_b = c.heads * c.length * c.head_dim;
-  params.x_stride_h = c.heads_inside ? c.head_dim : c.length * c.head_dim;
-  params.x_stride_l = c.heads_inside ? c.heads * c.head_dim : c.head_dim;
-  params.x_dtype = c.x_dtype;
-  params.rotations = rotations_device.data();
-  params.rotations_dtype = c.rotations_dtype;
-  params.rotation_heads = rotation_heads;
-  params.key_padding_mask = c.mask ? mask_device.data<bool>() : nullptr;
-  params.buckets = buckets.data<int32_t>();
-  params.batch = c.batch;
-  params.heads = c.heads;
-  params.length = c.length;
-  params.head_dim = c.head_dim;
-  params.rounds = c.rounds;
-  params.n_factors = static_cast<int>(c.factors.size());
-  std::copy(c.factors.begin(), c.factors.end(), params.factors);
-  const Buffer workspace(reformer::kernels::lsh_hash_workspace(params));
-  params.workspace = workspace.data();
-  cuda_check(reformer::kernels::lsh_hash(params, nullptr), c.name().c_str());
-  cuda_check(cudaDeviceSynchronize(), c.name().c_str());
-  expect(buckets.guards_kept() && workspace.guards_kept(), c.name() + ": wrote out of bounds");
-
-  const std::vector<int32_t> got = buckets.get<int32_t>();
   int64_t wrong = 0;
   std::vector<double> products(columns);
   for (int64_t i = 0; i < static_cast<int64_t>(got.size()); ++i) {
@@ -271,7 +251,7 @@ void test_hash(const HashCase& c, bool special_values = false) {
     }
     const float* row = x.values.data() + batch * params.x_stride_b + head * params.x_stride_h +
                        token * params.x_stride_l;
-    if (special_values &&
+    if (kind == Values::special &&
         !std::all_of(row, row + c.head_dim, [](float v) { return std::isfinite(v); }))
       continue;
     std::fill(products.begin(), products.end(), 0.0);
@@ -288,10 +268,14 @@ void test_hash(const HashCase& c, bool special_values = false) {
     for (int32_t factor : c.factors) {
       const int32_t digit = bucket % factor, half = factor / 2;
       const double chosen = digit < half ? factor_products[digit] : -factor_products[digit - half];
-      double largest = 0.0;
-      for (int32_t j = 0; j < half; ++j) largest = std::max(largest, std::abs(factor_products[j]));
-      const bool zero_row_elsewhere = norm == 0.0 && digit != 0;  // ties go to the lowest digit
-      if (chosen < largest - 2e-5 * std::sqrt(norm) || zero_row_elsewhere) {
+      int32_t first = 0;
+      for (int32_t j = 1; j < half; ++j) {
+        if (std::abs(factor_products[j]) > std::abs(factor_products[first])) first = j;
+      }
+      const double largest = std::abs(factor_products[first]);
+      const bool is_exact = kind == Values::integers || norm == 0.0;
+      const int32_t exact_digit = factor_products[first] < 0.0 ? first + half : first;
+      if (chosen < largest - 2e-5 * std::sqrt(norm) || (is_exact && digit != exact_digit)) {
         ++wrong;
         break;
       }
@@ -299,8 +283,71 @@ void test_hash(const HashCase& c, bool special_values = false) {
       factor_products += half;
     }
   }
-  expect(wrong == 0,
-         c.name() + ": " + std::to_string(wrong) + " of " + std::to_string(got.size()) + " wrong");
+  return wrong;
+}
+
+// Every digit must point at the largest product up to rounding of the float32 accumulation, by
+// every instance that takes the case.
+void test_hash(const HashCase& c, Values values = Values::normal) {
+  const int64_t rotation_heads = c.shared_rotations ? 1 : c.heads;
+  int64_t columns = 0;
+  for (int32_t factor : c.factors) columns += factor / 2;
+  std::vector<float> x_values = random_normal(c.batch * c.heads * c.length * c.head_dim, 1);
+  if (values == Values::special) {
+    for (int64_t i = 0; i < static_cast<int64_t>(x_values.size()); ++i) {
+      const int64_t row = i / c.head_dim;
+      if (row % 7 == 0) x_values[i] = 0.0f;
+      if (row % 7 == 1) x_values[i] = std::numeric_limits<float>::quiet_NaN();
+      if (row % 7 == 2 && i % c.head_dim == 3) x_values[i] = std::numeric_limits<float>::infinity();
+    }
+  }
+  std::vector<float> rotation_values =
+      random_normal(rotation_heads * c.head_dim * c.rounds * columns, 2);
+  if (values == Values::integers) {
+    for (auto& value : x_values) value = std::rint(value);
+    for (auto& value : rotation_values) value = std::rint(value);
+  }
+  const Stored x = store(x_values, c.x_dtype),
+               rotations = store(rotation_values, c.rotations_dtype);
+  std::vector<uint8_t> mask(c.batch * c.length, 0);
+  if (c.mask) {
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] = i % 5 == 0;
+  }
+  const Buffer x_device(x.bytes), rotations_device(rotations.bytes), mask_device(mask);
+  LshHashParams params{};
+  params.x = x_device.data();
+  params.x_stride_b = c.heads * c.length * c.head_dim;
+  params.x_stride_h = c.heads_inside ? c.head_dim : c.length * c.head_dim;
+  params.x_stride_l = c.heads_inside ? c.heads * c.head_dim : c.head_dim;
+  params.x_dtype = c.x_dtype;
+  params.rotations = rotations_device.data();
+  params.rotations_dtype = c.rotations_dtype;
+  params.rotation_heads = rotation_heads;
+  params.key_padding_mask = c.mask ? mask_device.data<bool>() : nullptr;
+  params.batch = c.batch;
+  params.heads = c.heads;
+  params.length = c.length;
+  params.head_dim = c.head_dim;
+  params.rounds = c.rounds;
+  params.n_factors = static_cast<int>(c.factors.size());
+  std::copy(c.factors.begin(), c.factors.end(), params.factors);
+  for (size_t i = 0; i < std::size(kHashInstances); ++i) {
+    const HashInstance& instance = kHashInstances[i];
+    if (!instance.supports(params)) continue;
+    ++hash_runs[i];
+    const std::string name = c.name() + ' ' + instance.name;
+    const Buffer buckets(c.batch * c.heads * c.rounds * c.length * sizeof(int32_t));
+    const Buffer workspace(instance.workspace(params));
+    params.buckets = buckets.data<int32_t>();
+    params.workspace = workspace.data();
+    cuda_check(instance.run(params, nullptr), name.c_str());
+    cuda_check(cudaDeviceSynchronize(), name.c_str());
+    expect(buckets.guards_kept() && workspace.guards_kept(), name + ": wrote out of bounds");
+    const std::vector<int32_t> got = buckets.get<int32_t>();
+    const int64_t wrong = count_wrong(c, params, x, rotations, mask, values, got);
+    expect(wrong == 0,
+           name + ": " + std::to_string(wrong) + " of " + std::to_string(got.size()) + " wrong");
+  }
 }
 
 // ---- A captured graph follows its inputs
@@ -383,11 +430,35 @@ int main(int argc, char** argv) {
     test_hash(c);
     c.mask = c.heads_inside = true;
     test_hash(c);
-    test_hash(c, /*special_values=*/true);
+    test_hash(c, Values::special);
     c.shared_rotations = true;
     test_hash(c);
-    for (const int64_t head_dim : {8, 24, 32, 40, 72, 128, 136, 256}) {
+    for (const int64_t head_dim : {8, 16, 24, 32, 40, 64, 72, 128, 136, 256}) {
       test_hash({1, 2, 130, head_dim, 3, {16, 10}, dtype, dtype});
+      test_hash({2, 3, 77, head_dim, 2, {32, 64}, dtype, dtype, false, true, true});
+    }
+    for (int64_t rounds = 1; rounds <= 9; ++rounds) {
+      test_hash({1, 2, 101, 64, rounds, {6, 10}, dtype, dtype});
+      test_hash({2, 1, 67, 64, rounds, {32, 64}, dtype, dtype, true});
+    }
+    test_hash({1, 3, 5, 32, 9, {6, 10, 34, 2}, dtype, dtype});
+    for (const int64_t head_dim : {8, 32, 64, 128, 256}) {
+      test_hash({1, 2, 150, head_dim, 3, {32, 64}, dtype, dtype}, Values::integers);
+      test_hash({1, 2, 150, head_dim, 3, {6, 10, 100}, dtype, dtype}, Values::integers);
+    }
+    // The factors that the tensor-core kernels know, and neighbours in number of tiles.
+    for (const auto& factors : std::vector<std::vector<int32_t>>{{16, 16},
+                                                                 {10, 20},
+                                                                 {32, 32},
+                                                                 {18, 64},
+                                                                 {64, 64},
+                                                                 {6, 16, 20},
+                                                                 {32, 32, 20},
+                                                                 {16, 64},
+                                                                 {16, 16, 16}}) {
+      for (const int64_t head_dim : {32, 64, 128}) {
+        test_hash({1, 2, 97, head_dim, 3, factors, dtype, dtype}, Values::special);
+      }
     }
     for (const auto& factors : std::vector<std::vector<int32_t>>{{2},
                                                                  {4, 2},
@@ -398,7 +469,7 @@ int main(int argc, char** argv) {
                                                                  {6, 100, 14},
                                                                  {64, 128},
                                                                  {600}}) {
-      test_hash({1, 2, 97, 64, 5, factors, dtype, dtype}, /*special_values=*/true);
+      test_hash({1, 2, 97, 64, 5, factors, dtype, dtype}, Values::special);
     }
     for (const int64_t length : {1, 63, 64, 65, 127, 1000})
       test_hash({1, 1, length, 64, 1, {34, 64}, dtype, dtype});
@@ -406,11 +477,19 @@ int main(int argc, char** argv) {
         {1, 2, 65, 64, 40, {64, 128}, dtype, dtype});     // more rounds than fit in shared memory
     test_hash({1, 1, 65, 128, 1, {6000}, dtype, dtype});  // a factor that does not fit
     test_hash({3, 2, 70, 48, 2, {16, 16}, dtype, DType::f32, false, true});
-    if (!small) test_hash({1, 8, 4096, 64, 8, {32, 64}, dtype, dtype});
+    if (!small) {  // heads that share blocks and blocks that share a head, whole and in part
+      test_hash({1, 8, 4096, 64, 8, {32, 64}, dtype, dtype});
+      test_hash({2, 3, 11003, 32, 2, {16, 16}, dtype, dtype});
+      test_hash({1, 300, 170, 16, 1, {6}, dtype, dtype});
+    }
   }
   test_hash({1, 2, 77, 5, 2, {16, 16}, DType::f32, DType::f32});
   test_hash({1, 2, 77, 33, 2, {16, 16}, DType::f32, DType::bf16});
-  std::printf("lsh_hash done\n");
+  std::printf("lsh_hash done:");
+  for (size_t i = 0; i < std::size(kHashInstances); ++i) {
+    std::printf(" %s %lld", kHashInstances[i].name, static_cast<long long>(hash_runs[i]));
+  }
+  std::printf("\n");
 
   test_graph();
   test_invalid_arguments();

@@ -24,6 +24,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         peer.LSHSelfAttention: _LSHSelfAttention,
         peer.LocalSelfAttention: _LocalSelfAttention,
         peer.ReformerEncoder: _Encoder,
+        peer.ReformerModel: ReformerModel,
     }
     attentions = [
         module
@@ -47,6 +48,11 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are not None: transformers 5 no longer knows ``head_mask``."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 class _LSHSelfAttention(peer.LSHSelfAttention):  # type: ignore[misc]
     def forward(
         self,
@@ -64,12 +70,12 @@ class _LSHSelfAttention(peer.LSHSelfAttention):  # type: ignore[misc]
             return super(_LSHSelfAttention, self).forward(
                 hidden_states,
                 attention_mask,
-                head_mask,
-                num_hashes,
-                buckets,
-                past_buckets_states,
-                use_cache,
-                output_attentions,
+                num_hashes=num_hashes,
+                buckets=buckets,
+                past_buckets_states=past_buckets_states,
+                use_cache=use_cache,
+                output_attentions=output_attentions,
+                **_given(head_mask=head_mask),
             )
 
         if past_buckets_states is not None and len(past_buckets_states) > self.layer_idx:
@@ -156,10 +162,10 @@ class _LocalSelfAttention(peer.LocalSelfAttention):  # type: ignore[misc]
             return super().forward(
                 hidden_states,
                 attention_mask,
-                head_mask,
-                past_buckets_states,
-                use_cache,
-                output_attentions,
+                past_buckets_states=past_buckets_states,
+                use_cache=use_cache,
+                output_attentions=output_attentions,
+                **_given(head_mask=head_mask),
             )
         q, k, v = (
             _split(self, project(hidden_states)) for project in (self.query, self.key, self.value)
@@ -217,13 +223,13 @@ class _Encoder(peer.ReformerEncoder):  # type: ignore[misc]
             return super().forward(
                 hidden_states,
                 attention_mask,
-                head_mask,
-                num_hashes,
-                past_buckets_states,
-                use_cache,
-                orig_sequence_length,
-                output_hidden_states,
-                output_attentions,
+                num_hashes=num_hashes,
+                past_buckets_states=past_buckets_states,
+                use_cache=use_cache,
+                orig_sequence_length=orig_sequence_length,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                **_given(head_mask=head_mask),
             )
         cache = peer.ReformerDynamicCache() if use_cache else None
         all_hidden_states: list[Tensor] = []
@@ -242,15 +248,37 @@ class _Encoder(peer.ReformerEncoder):  # type: ignore[misc]
             for layer in self.layers
         ]
         kwargs = {"attention_mask": attention_mask, "num_hashes": num_hashes}
+        head_masks = [None] * len(blocks) if head_mask is None else head_mask
         y1, y2 = ReversibleStack(blocks)(
             hidden_states,
-            f_kwargs=[{**kwargs, "head_mask": layer_head_mask} for layer_head_mask in head_mask],
+            f_kwargs=[{**kwargs, **_given(head_mask=mask)} for mask in head_masks],
         )
         if output_hidden_states:
             all_hidden_states.append(y2)
         hidden_states = self.layer_norm(torch.cat([y1, y2], dim=-1))
         hidden_states = nn.functional.dropout(hidden_states, self.dropout, self.training)
         return peer.ReformerEncoderOutput(hidden_states, all_hidden_states, all_attentions, cache)
+
+
+class ReformerModel(peer.ReformerModel):  # type: ignore[misc]
+    """Under the name of the original, which ``save_pretrained`` writes into the configuration."""
+
+    def _pad_to_mult_of_chunk_length(
+        self,
+        input_ids: Tensor | None,
+        *args: Any,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        padded = super()._pad_to_mult_of_chunk_length(input_ids, *args, **kwargs)
+        if position_ids is None:
+            return padded
+        attention_mask = padded[2]
+        more = torch.arange(
+            position_ids.shape[1], attention_mask.shape[1], device=position_ids.device
+        )
+        position_ids = torch.cat([position_ids, more.expand(len(position_ids), -1)], dim=1)
+        return (*padded[:3], position_ids, *padded[4:])
 
 
 class _AttentionBlock(nn.Module):

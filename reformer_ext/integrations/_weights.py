@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..nn import AxialPositions, Reformer, ReformerLM
+from ..nn import AxialPositions
 
 __all__ = ["Weight", "affine", "axial", "load_weights", "read_weights", "write_weights"]
 
@@ -88,7 +88,7 @@ def read_weights(
     return result
 
 
-def load_weights(model: Reformer | ReformerLM, weights: dict[str, Tensor]) -> None:
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copies all weights into the model, which moves to their device and dtype."""
     first = next(iter(weights.values()))
     model.to(device=first.device, dtype=first.dtype)

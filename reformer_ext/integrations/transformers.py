@@ -15,37 +15,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import AxialPositions, Reformer, ReformerConfig, ReformerLM
+from ..nn import (
+    AxialPositions,
+    Reformer,
+    ReformerConfig,
+    ReformerForMaskedLM,
+    ReformerForQuestionAnswering,
+    ReformerForSequenceClassification,
+    ReformerLM,
+)
 from ._weights import Weight, affine, axial, load_weights, read_weights, write_weights
 
 __all__ = ["accelerate", "from_transformers", "to_transformers"]
 
+# The names of transformers' models with heads, and what tells the weights of theirs.
+_HEADS = {
+    "ReformerModelWithLMHead": "lm_head.",
+    "ReformerForMaskedLM": "lm_head.",
+    "ReformerForSequenceClassification": "classifier.",
+    "ReformerForQuestionAnswering": "qa_outputs.",
+}
+_Model = Reformer | ReformerLM | ReformerForSequenceClassification | ReformerForQuestionAnswering
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
 
 
-def from_transformers(
-    source: Any, state_dict: Mapping[str, Tensor] | None = None
-) -> Reformer | ReformerLM:
+def from_transformers(source: Any, state_dict: Mapping[str, Tensor] | None = None) -> _Model:
     """Our model with the configuration and the weights of one of transformers.
 
     Outputs at positions that are not padding are transformers', given the same hash. That is ours
     here: a function of ``hash_seed`` and of the training step, without the global generator, and
     with ``num_buckets=None`` over our default number of buckets. Unlike transformers, training
-    takes any length, any number of forwards before a backward, and frozen embeddings. Two limits:
+    takes any length, any number of forwards before a backward, and frozen embeddings. The limits:
 
     * where the chunks of all rounds together are fewer than the chunks that a query looks at,
       transformers counts some of them twice; we do not;
     * in training, transformers drops hidden activations before the activation function (the same
-      with "relu"), and drops whole rows of axial positions.
+      with "relu"), drops whole rows of axial positions, and nothing before the output layer of
+      question answering;
+    * the loss of a sequence classifier is a cross-entropy whatever ``problem_type``; from padding
+      on the left it takes the first position after it, and transformers the padding.
 
     Args:
-        source: a ``ReformerModel``, ``ReformerModelWithLMHead`` or ``ReformerForMaskedLM``; or,
-            with a state dict, a transformers ``ReformerConfig``.
+        source: a ``ReformerModel``, ``ReformerModelWithLMHead``, ``ReformerForMaskedLM``,
+            ``ReformerForSequenceClassification`` or ``ReformerForQuestionAnswering``; or, with a
+            state dict, a transformers ``ReformerConfig``.
         state_dict: the weights of one of these.
 
     Returns:
-        :class:`Reformer` for a bare ``ReformerModel``, else :class:`ReformerLM`, with a copy of the
-        weights on their device and in their dtype; in evaluation mode unless the source trains.
+        :class:`Reformer` for a bare ``ReformerModel``, :class:`ReformerLM` for one with
+        ``is_decoder``, else our class of the same name, with a copy of the weights on their device
+        and in their dtype; in evaluation mode unless the source trains.
 
     Raises:
         ImportError: transformers is not installed.
@@ -55,12 +74,12 @@ def from_transformers(
     """
     peer = _peer()
     if state_dict is None:
-        models = (peer.ReformerModel, peer.ReformerModelWithLMHead, peer.ReformerForMaskedLM)
+        names = ("ReformerModel", *_HEADS)
+        models: Any = tuple(getattr(peer, name) for name in names)
         if not isinstance(source, models):
             raise TypeError(
-                "from_transformers: expected ReformerModel, ReformerModelWithLMHead or "
-                f"ReformerForMaskedLM (of models with other heads, pass model.reformer), or a "
-                f"ReformerConfig and a state dict, got {type(source).__name__}"
+                f"from_transformers: expected one of {', '.join(names)}, or a ReformerConfig and a "
+                f"state dict, got {type(source).__name__}"
             )
         config, training = source.config, source.training
         state = source.state_dict()
@@ -72,11 +91,9 @@ def from_transformers(
             )
         config, training = source, False
         state = dict(state_dict)
-    has_head = any(name.startswith("reformer.") for name in state)
-    if has_head:
+    model = _model_of(config, state)
+    if isinstance(model, ReformerLM):
         _join_head_biases(state)
-    ours = _config_from(config, has_head)
-    model = ReformerLM(ours) if has_head else Reformer(ours)
     weights = read_weights(
         "from_transformers",
         _weights(model),
@@ -89,7 +106,7 @@ def from_transformers(
     return model.train(training)
 
 
-def to_transformers(model: Reformer | ReformerLM) -> tuple[Any, dict[str, Tensor]]:
+def to_transformers(model: _Model) -> tuple[Any, dict[str, Tensor]]:
     """The transformers configuration of a model, and a copy of its weights under their names there.
 
     >>> from transformers import ReformerModelWithLMHead
@@ -101,19 +118,21 @@ def to_transformers(model: Reformer | ReformerLM) -> tuple[Any, dict[str, Tensor
     <All keys matched successfully>
 
     ``config.architectures`` names the class: ``ReformerModel``, ``ReformerModelWithLMHead``
-    (causal) or ``ReformerForMaskedLM``. ``hash_seed`` 0 becomes None, a new hash at each call.
-    Undoes :func:`from_transformers` exactly, but for ``chunk_size_lm_head``, which is left at 0:
-    in transformers chunks have to divide the length.
+    (causal), ``ReformerForMaskedLM``, ``ReformerForSequenceClassification`` (with pooling "first"
+    and a hidden layer of width dim) or ``ReformerForQuestionAnswering``. ``hash_seed`` 0 becomes
+    None, a new hash at each call. Undoes :func:`from_transformers` exactly, but for
+    ``chunk_size_lm_head``, which is left at 0: in transformers chunks have to divide the length.
 
     Raises:
         ImportError: transformers is not installed.
         TypeError: model is something else.
-        ValueError: a field of ``model.config`` that transformers cannot express.
+        ValueError: a field of ``model.config``, or of the head, that transformers cannot express.
     """
     peer = _peer()
-    if not isinstance(model, (Reformer, ReformerLM)):
+    if not isinstance(model, _Model):
         raise TypeError(
-            f"to_transformers: expected Reformer or ReformerLM, got {type(model).__name__}"
+            "to_transformers: expected Reformer, ReformerLM, ReformerForSequenceClassification or "
+            f"ReformerForQuestionAnswering, got {type(model).__name__}"
         )
     config = _config_to(peer, model)
     weights = write_weights(_weights(model), model.state_dict())
@@ -133,6 +152,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     * gradients are right with dropout, whose masks the reversible backward of transformers does not
       repeat in LSH layers, and with ``num_hashes`` given in a training step, which fails there;
+    * ``position_ids`` work at any length, where transformers pads them to the wrong one;
     * several forwards may precede a backward, a backward in evaluation mode works, layers train
       under frozen embeddings;
     * ``torch.manual_seed`` makes training reproducible; nothing else seeds the global generator.
@@ -176,7 +196,28 @@ def _length_multiple(layers: tuple[str, ...], chunk_sizes: dict[str, int]) -> in
     return 1 if len(sizes) == 1 else math.lcm(*sizes)
 
 
-def _config_from(config: Any, has_head: bool) -> ReformerConfig:
+def _model_of(config: Any, state: Mapping[str, Tensor]) -> _Model:
+    """Our model, untrained, of theirs with this configuration and weights of these names."""
+    if not any(name.startswith("reformer.") for name in state):
+        return Reformer(_config_from(config, has_lm_head=False))
+
+    def has(head: str) -> bool:
+        return any(name.startswith(_HEADS[head]) for name in state)
+
+    if has("ReformerForSequenceClassification"):
+        return ReformerForSequenceClassification(
+            _config_from(config, has_lm_head=False),
+            config.num_labels,
+            pooling="first",
+            hidden=config.hidden_size,
+        )
+    if has("ReformerForQuestionAnswering"):
+        return ReformerForQuestionAnswering(_config_from(config, has_lm_head=False))
+    ours = _config_from(config, has_lm_head=True)
+    return ReformerLM(ours) if ours.causal else ReformerForMaskedLM(ours)
+
+
+def _config_from(config: Any, has_lm_head: bool) -> ReformerConfig:
     def check(name: str, condition: bool, expected: str) -> None:
         if not condition:
             raise ValueError(
@@ -191,8 +232,10 @@ def _config_from(config: Any, has_head: bool) -> ReformerConfig:
         isinstance(config.hidden_act, str) and config.hidden_act in _ACTIVATIONS,
         f"one of {sorted(_ACTIVATIONS)}",
     )
-    if has_head:  # tied, its head would be half as wide as its input
+    if has_lm_head:  # tied, it would be half as wide as its input
         check("tie_word_embeddings", not config.tie_word_embeddings, "False")
+    dropout = config.hidden_dropout_prob
+    check("classifier_dropout", config.classifier_dropout in (None, dropout), f"None or {dropout}")
     axial = config.axial_pos_embds
     max_length = config.max_position_embeddings
     return ReformerConfig(
@@ -235,8 +278,8 @@ def _config_from(config: Any, has_head: bool) -> ReformerConfig:
     )
 
 
-def _config_to(peer: Any, model: Reformer | ReformerLM) -> Any:
-    config, has_head = model.config, isinstance(model, ReformerLM)
+def _config_to(peer: Any, model: _Model) -> Any:
+    config = model.config
 
     def check(name: str, condition: bool, expected: object) -> None:
         if not condition:
@@ -258,7 +301,7 @@ def _config_to(peer: Any, model: Reformer | ReformerLM) -> Any:
             config.layers, {"lsh": config.chunk_size, "local": config.local_chunk_size}
         ),
     }
-    if has_head:
+    if isinstance(model, ReformerLM):
         required["head_bias"] = True
     if "lsh" in config.layers:
         required.update(same_bucket=False, correct_duplicates=False, shared_qk_scale=1.0)
@@ -267,15 +310,25 @@ def _config_to(peer: Any, model: Reformer | ReformerLM) -> Any:
     for name, value in required.items():
         check(name, getattr(config, name) == value, repr(value))
 
+    architecture, labels = "ReformerModel", {}
+    if isinstance(model, ReformerLM):
+        architecture = "ReformerModelWithLMHead" if config.causal else "ReformerForMaskedLM"
+    elif not isinstance(model, Reformer):
+        architecture = type(model).__name__
+    if isinstance(model, ReformerForSequenceClassification):
+        if (model.pooling, model.hidden) != ("first", config.dim):
+            raise ValueError(
+                "to_transformers: expected pooling 'first' and hidden to be dim = "
+                f"{config.dim}, got {model.pooling!r} and {model.hidden}"
+            )
+        labels = {"num_labels": model.num_labels}
+
     ahead = 0 if config.causal else 1
     positions: dict[str, Any] = {"axial_pos_embds": False}
     table = _reformer(model).positions
     if isinstance(table, AxialPositions):
         widths = [weight.shape[1] for weight in table.weights]
         positions = {"axial_pos_shape": table.shape, "axial_pos_embds_dim": widths}
-    architecture = "ReformerModel"
-    if has_head:
-        architecture = "ReformerModelWithLMHead" if config.causal else "ReformerForMaskedLM"
     local_dropout = config.local_attention_dropout
     return peer.ReformerConfig(
         architectures=[architecture],
@@ -308,17 +361,18 @@ def _config_to(peer: Any, model: Reformer | ReformerLM) -> Any:
         layer_norm_eps=config.norm_eps,
         initializer_range=config.initializer_range,
         tie_word_embeddings=False,
+        **labels,
         **positions,
     )
 
 
-def _reformer(model: Reformer | ReformerLM) -> Reformer:
-    return model.reformer if isinstance(model, ReformerLM) else model
+def _reformer(model: _Model) -> Reformer:
+    return model if isinstance(model, Reformer) else model.reformer
 
 
-def _weights(model: Reformer | ReformerLM) -> list[Weight]:
-    """Our weights and those of ``ReformerModel``, or of the language models around it."""
-    prefix = "reformer." if isinstance(model, ReformerLM) else ""
+def _weights(model: _Model) -> list[Weight]:
+    """Our weights and those of ``ReformerModel``, or of the models around it."""
+    prefix = "" if isinstance(model, Reformer) else "reformer."
     table = _reformer(model).positions
     ours, theirs = f"{prefix}positions", f"{prefix}embeddings.position_embeddings"
     result = [
@@ -346,6 +400,10 @@ def _weights(model: Reformer | ReformerLM) -> list[Weight]:
     result += affine(f"{prefix}norm", f"{prefix}encoder.layer_norm")
     if isinstance(model, ReformerLM):
         result += affine("head", "lm_head.decoder")
+    elif isinstance(model, ReformerForSequenceClassification):
+        result += affine("dense", "classifier.dense") + affine("head", "classifier.out_proj")
+    elif isinstance(model, ReformerForQuestionAnswering):
+        result += affine("head", "qa_outputs")
     return result
 
 

@@ -104,15 +104,15 @@ class _Attention(nn.Module):
         out_bias = bias if out_bias is None else out_bias
         self.out_proj = nn.Linear(heads * head_dim, dim, bias=out_bias)
 
-    def _project_in(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``(B, L, dim)`` -> n_projections times ``(B, H, L, D)``, views of one matrix product."""
+    def _project_in(self, x: Tensor) -> Tensor:
+        """``(B, L, dim) -> (n_projections, B, H, L, D)``, a view of one matrix product."""
         if x.dim() != 3 or x.shape[-1] != self.in_proj.in_features:
             raise ValueError(
                 f"{type(self).__name__}: expected x [B, L, {self.in_proj.in_features}], "
                 f"got {list(x.shape)}"
             )
         heads = self.in_proj(x).unflatten(-1, (self.n_projections, self.heads, self.head_dim))
-        return tuple(part.transpose(1, 2) for part in heads.unbind(2))
+        return heads.permute(2, 0, 3, 1, 4)
 
     def _project_out(self, out: Tensor) -> Tensor:
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -425,14 +425,15 @@ class LocalSelfAttention(_Attention):
         dropout_seed: int | Tensor | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
         cache: LocalCache | None = None,
-        cache_lengths: Tensor | None = None,
+        cache_windows: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`."""
-        q, k, v = self._project_in(x)
-        if rotary is not None:
-            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        if cache is not None and cache_lengths is not None:
-            return self._project_out(cache.attend(q, k, v, cache_lengths, scale=self.scale))
+        """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`, but for
+        cache_windows, from :meth:`LocalCache.windows`, in place of cache_lengths."""
+        heads = self._project_in(x)
+        q, k = heads[:2] if rotary is None else apply_rotary(heads[:2], rotary)
+        v = heads[2]
+        if cache is not None and cache_windows is not None:
+            return self._project_out(cache.attend(q, k, v, cache_windows, scale=self.scale))
         if cache is not None:
             cache.append(k, v, _prompt_lengths(x, key_padding_mask))
         attend = (
@@ -509,11 +510,10 @@ class FullSelfAttention(_Attention):
     ) -> Tensor:
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`.
         Dropout draws from the global generator."""
-        q, *ks, v = self._project_in(x)
+        heads = self._project_in(x)
         check_padding("FullSelfAttention: expected key_padding_mask", key_padding_mask, x)
-        if rotary is not None:
-            q, ks = apply_rotary(q, rotary), [apply_rotary(k, rotary) for k in ks]
-        k = F.normalize(q, dim=-1) if self.shared_qk else ks[0]
+        q, *ks = heads[:-1] if rotary is None else apply_rotary(heads[:-1], rotary)
+        k, v = F.normalize(q, dim=-1) if self.shared_qk else ks[0], heads[-1]
         if cache is not None and cache_lengths is not None:
             out = cache.attend(q, k, v, cache_lengths, scale=self.scale, mask_self=self.shared_qk)
             return self._project_out(out)

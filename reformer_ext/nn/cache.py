@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -70,10 +70,16 @@ class LSHCache(nn.Module):
 
     def append(self, qk: Tensor, v: Tensor, buckets: Tensor, lengths: Tensor) -> None:
         """Adds positions ``(B, H, T, D)`` with buckets int32 ``(B, H, R, T)`` after ``lengths``."""
-        dtype = self.keys.dtype
-        k = F.normalize(qk.float() if dtype != torch.float64 else qk, dim=-1).to(dtype)
         ops.lsh_cache_append(
-            self.keys, self.values, self.table, self.counts, k, v.to(dtype), buckets, lengths
+            self.keys,
+            self.values,
+            self.table,
+            self.counts,
+            qk.to(self.keys.dtype),
+            v.to(self.values.dtype),
+            buckets,
+            lengths,
+            normalize=True,
         )
 
     def attend(
@@ -103,9 +109,15 @@ class LSHCache(nn.Module):
                 scale=scale,
                 correct_duplicates=correct_duplicates,
             )
-            self.append(qk[:, :, now], v[:, :, now], buckets[..., now], lengths + t)
+            at = lengths + t if t else lengths
+            self.append(qk[:, :, now], v[:, :, now], buckets[..., now], at)
             outs.append(out)
-        return torch.cat(outs, dim=2).to(qk.dtype)
+        return _joined(outs).to(qk.dtype)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Along the positions. A single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 class _RowCache(nn.Module):
@@ -136,7 +148,8 @@ class _RowCache(nn.Module):
         self.values.scatter_(2, index, v.to(self.values.dtype))
 
     def _attend(self, q: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-        """``q (B, H, T, D)`` to the places that ``mask (B, T, places)`` allows."""
+        """``q (B, H, T, D)`` to the places that ``mask (B, T, places)`` allows: bool, or the keys'
+        dtype and added to the logits."""
         out = F.scaled_dot_product_attention(
             q.to(self.keys.dtype), self.keys, self.values, attn_mask=mask[:, None], scale=scale
         )
@@ -169,20 +182,37 @@ class LocalCache(_RowCache):
         self.keys.copy_(k.gather(2, index))
         self.values.copy_(v.gather(2, index))
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float | None
-    ) -> Tensor:
-        """Each of T new positions ``(B, H, T, D)`` is added and attends to its window."""
-        outs = []
-        for t in range(q.shape[2]):
-            now = slice(t, t + 1)
+    def windows(self, lengths: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
+        """For each of n positions after ``lengths (B,)``: its place ``(B, 1)``, and what is added
+        to its logits ``(B, 1, places)``. The same for all layers of a model."""
+        result = []
+        for t in range(n):
             last = lengths + t
-            self._write(k[:, :, now], v[:, :, now], (last % self.keys.shape[2])[:, None])
             positions = self._positions(last)
             first = (last // self.chunk_size - self.look_back) * self.chunk_size
-            mask = positions >= first.clamp(min=0)[:, None]
-            outs.append(self._attend(q[:, :, now], mask[:, None], scale))
-        return torch.cat(outs, dim=2)
+            outside = positions < first.clamp(min=0)[:, None]
+            bias = torch.zeros_like(positions, dtype=self.keys.dtype)
+            bias.masked_fill_(outside, -math.inf)
+            result.append(((last % self.keys.shape[2])[:, None], bias[:, None]))
+        return result
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        windows: Sequence[tuple[Tensor, Tensor]],
+        *,
+        scale: float | None,
+    ) -> Tensor:
+        """Each of T new positions ``(B, H, T, D)`` is added and attends to its window; see
+        :meth:`windows`."""
+        outs = []
+        for t, (place, bias) in enumerate(windows):
+            now = slice(t, t + 1)
+            self._write(k[:, :, now], v[:, :, now], place)
+            outs.append(self._attend(q[:, :, now], bias, scale))
+        return _joined(outs)
 
     def _positions(self, last: Tensor) -> Tensor:
         """The newest position up to ``last (B,)`` of each place, ``(B, places)``; some below 0."""
@@ -307,7 +337,19 @@ class DecodingCache(nn.Module):
                 f"after {self.used}; make a cache with a larger capacity"
             )
 
-    def extend(self, lengths: Tensor, longest: int) -> None:
+    def steps(self, n: int) -> list[dict[str, Any]]:
+        """What each layer's attention needs to continue with n positions."""
+        windows: list[tuple[Tensor, Tensor]] | None = None
+        result: list[dict[str, Any]] = []
+        for layer in self.layers:
+            if isinstance(layer, LocalCache):
+                windows = windows or layer.windows(self.lengths, n)
+                result.append({"cache": layer, "cache_windows": windows})
+            else:
+                result.append({"cache": layer, "cache_lengths": self.lengths})
+        return result
+
+    def extend(self, lengths: Tensor | int, longest: int) -> None:
         """Records that sequences have grown by ``lengths (B,)``, none by more than ``longest``."""
         self.lengths.add_(lengths)
         if not self.filled:

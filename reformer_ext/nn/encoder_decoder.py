@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from .attention import check_padding
 from .cache import DecodingCache, reorder_rows
 from .cross_attention import CrossCache, FullCrossAttention, LSHCrossAttention
 from .feed_forward import chunked_lm_loss
@@ -170,6 +171,9 @@ class ReformerEncoderDecoder(PretrainedModel):
     ) -> Tensor:
         """The encoder's hidden states ``(B, M, encoder dim)``, the ``context`` of
         :meth:`decode`; arguments as in :meth:`forward`."""
+        check_padding(
+            "ReformerEncoderDecoder: expected source_padding_mask", source_padding_mask, source
+        )
         return self.encoder(source, key_padding_mask=source_padding_mask, n_hashes=n_hashes)
 
     def decode(
@@ -358,7 +362,7 @@ class _Decoder(Reformer):
         n_hashes: int | None = None,
         cache: EncoderDecoderCache | None = None,
     ) -> Tensor:
-        self._check(tokens, key_padding_mask)
+        self._check(tokens, key_padding_mask, n_hashes)
         if cache is not None:
             self._check_cross(cache, context is not None, tokens, n_hashes)
             if context is not None:

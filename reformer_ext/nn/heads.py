@@ -26,6 +26,8 @@ __all__ = [
     "ReformerForTokenClassification",
 ]
 
+POOLING_KINDS = ("mean", "first")
+
 
 class ReformerForMaskedLM(ReformerLM):
     """Masked language model: predicts tokens from both sides, as BERT.
@@ -49,16 +51,20 @@ class _ReformerHead(PretrainedModel):
 
     config_class = ReformerConfig
 
-    def __init__(self, config: ReformerConfig, outputs: int) -> None:
+    def __init__(self, config: ReformerConfig, outputs: int, hidden: int | None = None) -> None:
         super().__init__()
         if outputs < 1:
             raise ValueError(f"{type(self).__name__}: expected num_labels >= 1, got {outputs}")
         self.config = config
         self.reformer = Reformer(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.output_width, outputs)
-        nn.init.normal_(self.head.weight, std=config.initializer_range)
-        nn.init.zeros_(self.head.bias)
+        width = config.output_width
+        self.dense = None if hidden is None else nn.Linear(width, hidden)
+        self.head = nn.Linear(width if hidden is None else hidden, outputs)
+        for layer in (self.dense, self.head):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=config.initializer_range)
+                nn.init.zeros_(layer.bias)
 
 
 class ReformerForSequenceClassification(_ReformerHead):
@@ -70,16 +76,32 @@ class ReformerForSequenceClassification(_ReformerHead):
     Args:
         config: of the :class:`Reformer`.
         num_labels: how many there are.
+        pooling: "mean", or "first": the first position that is not padding (as in transformers).
+        hidden: width of a tanh layer before the labels (as in transformers); None: no such layer.
 
     Raises:
         ValueError: naming the argument.
     """
 
-    saved_arguments = ("num_labels",)
+    saved_arguments = ("num_labels", "pooling", "hidden")
 
-    def __init__(self, config: ReformerConfig, num_labels: int) -> None:
-        super().__init__(config, num_labels)
+    def __init__(
+        self,
+        config: ReformerConfig,
+        num_labels: int,
+        *,
+        pooling: str = "mean",
+        hidden: int | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if pooling not in POOLING_KINDS:
+            raise ValueError(f"{name}: expected pooling in {POOLING_KINDS}, got {pooling!r}")
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"{name}: expected hidden to be None or >= 1, got {hidden}")
+        super().__init__(config, num_labels, hidden)
         self.num_labels = num_labels
+        self.pooling = pooling
+        self.hidden = hidden
 
     def forward(
         self,
@@ -91,23 +113,35 @@ class ReformerForSequenceClassification(_ReformerHead):
     ) -> Tensor:
         """Logits ``(B, num_labels)``, of n packed sequences ``(n, num_labels)``; arguments as in
         :meth:`Reformer.forward`. A sequence of padding alone, or a packed one without a position,
-        counts as a mean of 0."""
+        counts as one of 0."""
         hidden = self.reformer(
             tokens, key_padding_mask=key_padding_mask, n_hashes=n_hashes, cu_seqlens=cu_seqlens
         )
+        pooled = self.dropout(self._pool(hidden, key_padding_mask, cu_seqlens))
+        if self.dense is not None:
+            pooled = self.dropout(torch.tanh(self.dense(pooled)))
+        return self.head(pooled)
+
+    def _pool(
+        self,
+        hidden: Tensor,
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Sequence[int] | Tensor | None,
+    ) -> Tensor:
+        first = self.pooling == "first"
         if cu_seqlens is not None:
             parts = _unpacked(hidden, cu_seqlens)
-            pooled = torch.stack(
-                [part.sum(0) if len(part) == 0 else part.mean(0) for part in parts]
-            )
-        elif key_padding_mask is None:
-            pooled = hidden.mean(dim=1)
-        else:
-            length = (~key_padding_mask).sum(dim=1, keepdim=True).clamp(min=1)
-            hidden = hidden.masked_fill(key_padding_mask[..., None], 0.0)
-            wide = torch.promote_types(hidden.dtype, torch.float32)  # float16 ends at 65,504
-            pooled = (hidden.sum(dim=1, dtype=wide) / length).to(hidden.dtype)
-        return self.head(self.dropout(pooled))
+            parts = [part[:1] for part in parts] if first else parts
+            return torch.stack([part.sum(0) if len(part) == 0 else part.mean(0) for part in parts])
+        if key_padding_mask is None:
+            return hidden[:, 0] if first else hidden.mean(dim=1)
+        seen = ~key_padding_mask
+        if first:
+            seen = seen & (seen.cumsum(dim=1) == 1)
+        length = seen.sum(dim=1, keepdim=True).clamp(min=1)
+        hidden = hidden.masked_fill(~seen[..., None], 0.0)
+        wide = torch.promote_types(hidden.dtype, torch.float32)  # float16 ends at 65,504
+        return (hidden.sum(dim=1, dtype=wide) / length).to(hidden.dtype)
 
     def loss(
         self,

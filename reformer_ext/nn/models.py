@@ -406,7 +406,7 @@ class Reformer(nn.Module):
                 cache has room for.
             RuntimeError: a cache in training or where gradients are recorded.
         """
-        self._check(tokens, key_padding_mask)
+        self._check(tokens, key_padding_mask, n_hashes)
         if cache is not None:
             if cu_seqlens is not None:
                 raise ValueError("Reformer: expected cu_seqlens or a cache, got both")
@@ -525,10 +525,10 @@ class Reformer(nn.Module):
                 raise ValueError("Reformer: expected no key_padding_mask after the prompt, got one")
             positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
             rotary = None if self.rotary is None else self.rotary.at(positions[:, None])
-            common = {"rotary": rotary, "cache_lengths": cache.lengths}
             x = self._embed(tokens, at=positions)
-            hidden = self._run(x, _cached_kwargs(common, cache, cross_caches))
-            cache.extend(torch.full_like(cache.lengths, length), length)
+            steps = [{"rotary": rotary, **step} for step in cache.steps(length)]
+            hidden = self._run(x, _with_cross(steps, cross_caches))
+            cache.extend(length, length)
             return hidden
 
         cache.reset()  # of what a prompt that failed halfway may have left
@@ -544,12 +544,17 @@ class Reformer(nn.Module):
         x, key_padding_mask = self._pad(self._embed(tokens), key_padding_mask)
         rotary = None if self.rotary is None else self.rotary(x.shape[1], x.device)
         common = {"rotary": rotary, "key_padding_mask": key_padding_mask}
-        hidden = self._unpad(self._run(x, _cached_kwargs(common, cache, cross_caches)), length)
+        prompts = [{**common, "cache": layer} for layer in cache.layers]
+        hidden = self._unpad(self._run(x, _with_cross(prompts, cross_caches)), length)
         cache.extend(lengths, length)
         return hidden if order is None else _take(hidden, order.argsort(dim=1))
 
     def _check_cache(self, tokens: Tensor, n_hashes: int | None, cache: DecodingCache) -> None:
         """Raises unless the cache may be used now and has room for the tokens."""
+        if not isinstance(cache, DecodingCache):
+            raise TypeError(
+                f"Reformer: expected a DecodingCache from new_cache, got {type(cache).__name__}"
+            )
         if self.training or torch.is_grad_enabled():
             raise RuntimeError(
                 "Reformer: expected evaluation mode and torch.no_grad() with a cache, got "
@@ -560,7 +565,7 @@ class Reformer(nn.Module):
         if not torch.compiler.is_compiling():
             cache.check(self.config, tokens.shape[0], tokens.shape[1])
 
-    def _check(self, tokens: Tensor, key_padding_mask: Tensor | None) -> None:
+    def _check(self, tokens: Tensor, key_padding_mask: Tensor | None, n_hashes: int | None) -> None:
         """Raises ValueError unless the arguments have the shapes that :meth:`forward` says."""
         if tokens.is_floating_point():
             if tokens.dim() != 3 or tokens.shape[-1] != self.config.dim:
@@ -570,9 +575,15 @@ class Reformer(nn.Module):
                 )
         elif tokens.dim() != 2:
             raise ValueError(f"Reformer: expected tokens [B, L], got {list(tokens.shape)}")
+        elif tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"Reformer: expected tokens of int64 or int32, got {tokens.dtype}")
         if tokens.shape[1] < 1:
             raise ValueError(f"Reformer: expected at least one position, got {list(tokens.shape)}")
         check_padding("Reformer: expected key_padding_mask", key_padding_mask, tokens)
+        if n_hashes is not None and not _is_int(n_hashes, 1):
+            raise ValueError(
+                f"Reformer: expected n_hashes to be None or an integer >= 1, got {n_hashes}"
+            )
 
     def _embed(
         self, tokens: Tensor, lengths: list[int] | None = None, at: Tensor | None = None
@@ -584,6 +595,11 @@ class Reformer(nn.Module):
             return self.dropout(x)
         if at is not None:
             return self.dropout(x + positions.at(at))
+        longest, limit = max(lengths or [x.shape[1]]), self.config.max_length
+        if longest > limit:  # an axial grid may have more
+            raise ValueError(
+                f"Reformer: expected at most max_length = {limit} positions, got {longest}"
+            )
         if lengths is None:
             return self.dropout(x + positions(x.shape[1]))
         (x,) = map_sequences(lambda _, x: (x + positions(x.shape[1]),), lengths, [(x, 1)], (1,))
@@ -751,16 +767,15 @@ def lm_head(config: ReformerConfig) -> nn.Linear | None:
     return head
 
 
-def _cached_kwargs(
-    common: Mapping[str, Any], cache: DecodingCache, cross_caches: Sequence[nn.Module]
+def _with_cross(
+    kwargs: list[dict[str, Any]], cross_caches: Sequence[nn.Module]
 ) -> list[dict[str, Any]]:
-    """What each attention layer gets beside x, an encoder-decoder's for both attentions."""
-    result = [{**common, "cache": layer} for layer in cache.layers]
+    """What each attention layer gets beside x, in an encoder-decoder for both attentions."""
     if not cross_caches:
-        return result
+        return kwargs
     return [
-        {"self_kwargs": kwargs, "cross_kwargs": {"cache": cross}}
-        for kwargs, cross in zip(result, cross_caches, strict=True)
+        {"self_kwargs": of_self, "cross_kwargs": {"cache": cross}}
+        for of_self, cross in zip(kwargs, cross_caches, strict=True)
     ]
 
 

@@ -126,31 +126,35 @@ class RotaryPositions(nn.Module):
         self.base = base
 
     def forward(self, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, float32 ``(length, head_dim / 2)`` each."""
+        """Factors for :func:`apply_rotary`, float32 ``(length, head_dim)`` each."""
         return self.at(torch.arange(length, device=device))
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of ``positions (...)``, float32 ``(..., head_dim / 2)`` each."""
+        """Factors for ``positions (...)``, float32 ``(..., head_dim)`` each: ``[cos, cos]`` and
+        ``[-sin, sin]`` of the angles."""
         # In float64: a float32 angle is off by 0.06 at a million positions.
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device)
-        frequencies = self.base ** (-exponents / self.head_dim)
+        half = self.head_dim // 2
+        frequencies = torch.logspace(  # base ** (-2 i / D)
+            0, (1 - half) / half, half, self.base, dtype=torch.float64, device=positions.device
+        )
         angles = positions.double()[..., None] * frequencies
-        return angles.cos().float(), angles.sin().float()
+        cos, sin = angles.cos().float(), angles.sin().float()
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turns the pairs ``(x[d], x[d + D/2])`` by the angles of :class:`RotaryPositions`.
 
     Args:
-        x: ``(B, H, L, D)``.
-        rotary: cosines and sines, ``(L, D / 2)`` or with dimensions before that broadcast.
+        x: ``(..., B, H, L, D)``.
+        rotary: its factors, ``(L, D)`` or with dimensions before that broadcast.
 
     Returns:
         The shape and dtype of x.
     """
     cos, sin = rotary
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    partners = x.roll(x.shape[-1] // 2, dims=-1)
+    return (x * cos).addcmul_(partners, sin).to(x.dtype)  # few operators: a step of decoding waits
 
 
 def _check_length(name: str, length: int, limit: int) -> None:
