@@ -17,11 +17,16 @@ struct DeviceTraits {
   int shared_memory;  // bytes a block may ask for
 };
 
-// REFORMER_FORCE_SM80=1 in the environment: devices pass for an A100, to test and time on a newer
-// one what that would run.
+// Whether the environment says NAME=1.
+inline bool environment_asks_for(const char* name) {
+  const char* const value = std::getenv(name);
+  return value != nullptr && std::strcmp(value, "1") == 0;
+}
+
+// REFORMER_FORCE_SM80=1: devices pass for an A100, to test and time on a newer one what that would
+// run.
 inline void restrict_to_sm80(DeviceTraits* traits) {
-  const char* const forced = std::getenv("REFORMER_FORCE_SM80");
-  if (forced == nullptr || std::strcmp(forced, "1") != 0 || traits->major < 8) return;
+  if (!environment_asks_for("REFORMER_FORCE_SM80") || traits->major < 8) return;
   traits->major = 8;
   traits->minor = 0;
   traits->shared_memory = 163 * 1024;
