@@ -25,6 +25,15 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+// Says whether this build's code for the current device has these two (what is compiled from PTX
+// for sm_80 has not, on whatever device): see has_body.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kOverlapProbeThreads = 32;
+#else
+constexpr int kOverlapProbeThreads = 64;
+#endif
+[[maybe_unused]] static __global__ __launch_bounds__(kOverlapProbeThreads) void overlap_probe() {}
+
 struct LaunchShape {
   dim3 grid;
   int threads;
@@ -35,9 +44,6 @@ struct LaunchShape {
 template <typename... Params, typename... Args>
 cudaError_t launch_overlapped(void (*kernel)(Params...), const LaunchShape& shape,
                               cudaStream_t stream, const Args&... args) {
-  DeviceTraits traits{};
-  const cudaError_t error = current_device_traits(&traits);
-  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
@@ -45,7 +51,7 @@ cudaError_t launch_overlapped(void (*kernel)(Params...), const LaunchShape& shap
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;
   config.attrs = attributes;
-  if (traits.major >= 9) {
+  if (has_body<overlap_probe>()) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
