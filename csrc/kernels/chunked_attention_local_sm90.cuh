@@ -280,29 +280,4 @@ __device__ __forceinline__ void store_result(const Output<kHeadDim>& output, uin
   __syncwarp();
 }
 
-// Calls launch(Element{}, integral_constant<int, head_dim>).
-template <typename Launch>
-cudaError_t dispatch(const ChunkedAttentionParams& params, Launch launch) {
-  const auto by_head_dim = [&](auto element) {
-    switch (params.head_dim) {
-      case 32:
-        return launch(element, std::integral_constant<int, 32>{});
-      case 64:
-        return launch(element, std::integral_constant<int, 64>{});
-      case 128:
-        return launch(element, std::integral_constant<int, 128>{});
-    }
-    return cudaErrorInvalidValue;
-  };
-  switch (params.dtype) {
-    case DType::f16:
-      return by_head_dim(__half{});
-    case DType::bf16:
-      return by_head_dim(__nv_bfloat16{});
-    case DType::f32:
-      break;
-  }
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace reformer::kernels::sm90::local

@@ -455,7 +455,7 @@ int64_t local_sm90_backward_workspace(const ChunkedAttentionParams& params) {
 }
 
 cudaError_t local_sm90_backward(const ChunkedAttentionBackwardParams& params, cudaStream_t stream) {
-  return sm90::local::dispatch(params, [&](auto element, auto head_dim) {
+  return sm90::dispatch<32, 64, 128>(params, [&](auto element, auto head_dim, auto) {
     return sm90::local::launch_backward<decltype(element), head_dim()>(params, stream);
   });
 }

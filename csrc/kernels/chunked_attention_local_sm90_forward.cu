@@ -219,7 +219,7 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, cudaStream_t st
 }  // namespace sm90::local
 
 cudaError_t local_sm90_forward(const ChunkedAttentionParams& params, cudaStream_t stream) {
-  return sm90::local::dispatch(params, [&](auto element, auto head_dim) {
+  return sm90::dispatch<32, 64, 128>(params, [&](auto element, auto head_dim, auto) {
     return sm90::local::launch_forward<decltype(element), head_dim()>(params, stream);
   });
 }
