@@ -328,7 +328,7 @@ ATTENTION_CASES: list[AttentionCase] = [
     ),
     _C("fast-local-one-chunk", rounds=0, shared=False, length=100, head_dim=64, chunk_size=100),
     _C("fast-padding", length=200, head_dim=64, chunk_size=64, causal=True, padding="tail"),
-    # Masks of the fused path.
+    # Masks of the wgmma kernels.
     *[
         _C(
             f"fast-{name}-{head_dim}{'' if causal else '-full'}",
@@ -344,10 +344,9 @@ ATTENTION_CASES: list[AttentionCase] = [
             dropout_p=0.1 if "dropout" in name else 0.0,
         )
         for name in ("bucket", "dropout", "bucket-dropout", "duplicates")
-        for head_dim in (32, 64)
+        for head_dim in (32, 64, 128)
         for causal in (True, False)
     ],
-    _C("fast-dropout-128", length=200, head_dim=128, chunk_size=64, causal=True, dropout_p=0.1),
 ]
 assert len({case.id for case in ATTENTION_CASES}) == len(ATTENTION_CASES)
 

@@ -349,11 +349,6 @@ cudaError_t launch_positions(const ChunkedAttentionParams& params, int64_t head_
 
 bool is_shared_qk(const ChunkedAttentionParams& params) { return params.k.data == nullptr; }
 
-// Within one round a window is a set, so that only several rounds can hold a pair twice.
-bool corrects_duplicates(const ChunkedAttentionParams& params) {
-  return params.correct_duplicates && params.rounds > 1 && params.order != nullptr;
-}
-
 // The main kernels count slots of the line, and positions, in 32 bits.
 bool is_valid(const ChunkedAttentionParams& params) {
   return params.batch > 0 && params.heads > 0 && params.length > 0 && params.rounds > 0 &&
@@ -385,6 +380,7 @@ struct ForwardWorkspace {
   ForwardStage stage = {};
   float* key_scale = nullptr;
   int32_t* chunk_numbers = nullptr;
+  void* pair_bits = nullptr;
   int64_t bytes;
 
   ForwardWorkspace(const ChunkedAttentionParams& params, int64_t heads, bool sm90, void* base) {
@@ -395,6 +391,8 @@ struct ForwardWorkspace {
     if (is_shared_qk(params) && !sm90) stage.key_scale = key_scale = arena.take<float>(positions);
     if (corrects_duplicates(params))
       stage.chunk_numbers = chunk_numbers = arena.take<int32_t>(rows);
+    if (sm90 && needs_pair_bits(params))
+      stage.pair_bits = pair_bits = arena.take<void>(pair_bits_size(params, heads), 1);
     bytes = arena.bytes();
   }
 };
@@ -403,6 +401,7 @@ struct BackwardWorkspace {
   BackwardStage stage = {};
   RowStats* row_stats = nullptr;
   int32_t* chunk_numbers = nullptr;
+  void* pair_bits = nullptr;
   int64_t bytes;
 
   BackwardWorkspace(const ChunkedAttentionBackwardParams& params, int64_t heads, bool sm90,
@@ -418,6 +417,8 @@ struct BackwardWorkspace {
     stage.partial_v = take_partial();
     if (corrects_duplicates(params))
       stage.chunk_numbers = chunk_numbers = arena.take<int32_t>(rows);
+    if (sm90 && needs_pair_bits(params))
+      stage.pair_bits = pair_bits = arena.take<void>(pair_bits_size(params, heads), 1);
     bytes = arena.bytes();
   }
 };
@@ -456,6 +457,11 @@ cudaError_t forward_heads(const ChunkedAttentionParams& params, bool sm90, int64
     error = number_chunks(params, head_begin, head_count, workspace.chunk_numbers, stream);
     if (error != cudaSuccess) return error;
   }
+  if (workspace.pair_bits != nullptr) {
+    error = make_pair_bits(params, head_begin, head_count, workspace.chunk_numbers, false,
+                           workspace.pair_bits, stream);
+    if (error != cudaSuccess) return error;
+  }
   if (workspace.key_scale != nullptr) {
     const auto kernel = [](auto element, auto lanes) {
       return key_scale_kernel<decltype(element), lanes()>;
@@ -482,6 +488,11 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm
   cudaError_t error = cudaSuccess;
   if (workspace.chunk_numbers != nullptr) {
     error = number_chunks(params, head_begin, head_count, workspace.chunk_numbers, stream);
+    if (error != cudaSuccess) return error;
+  }
+  if (workspace.pair_bits != nullptr) {
+    error = make_pair_bits(params, head_begin, head_count, workspace.chunk_numbers, true,
+                           workspace.pair_bits, stream);
     if (error != cudaSuccess) return error;
   }
   const auto row_stats = [](auto element, auto lanes) {

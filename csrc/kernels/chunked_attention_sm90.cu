@@ -1,5 +1,5 @@
 // Where the wgmma instances of chunked attention apply.
-#include "chunked_attention_sm90_masks.cuh"
+#include "chunked_attention_sm90.cuh"
 
 namespace reformer::kernels {
 namespace sm90 {
@@ -19,13 +19,6 @@ bool has_wgmma() {
          has_body<wgmma_probe>();
 }
 
-// The masked instances have not passed all of their tests on a GPU yet: REFORMER_SM90_MASKS=1
-// chooses them, to run those.
-bool takes_masks(const ChunkedAttentionParams& params) {
-  static const bool asked_for = environment_asks_for("REFORMER_SM90_MASKS");
-  return asked_for && params.head_dim <= kLargestMaskedHeadDim;
-}
-
 bool is_half(DType dtype) { return dtype == DType::f16 || dtype == DType::bf16; }
 
 }  // namespace
@@ -39,8 +32,8 @@ bool sm90_supports(const ChunkedAttentionParams& params) {
                      params.rounds * (params.length / 64 + 1) < (int64_t{1} << 30) &&
                      params.batch * params.heads < (int64_t{1} << 16);
   const bool flags =
-      sm90::is_half(params.dtype) && params.k.data == nullptr && !params.correct_duplicates &&
-      (sm90::masks_of(params) == sm90::kPlain || sm90::takes_masks(params)) && params.scale > 0.0F;
+      sm90::is_half(params.dtype) && params.k.data == nullptr && params.scale > 0.0F &&
+      !(corrects_duplicates(params) && (params.buckets != nullptr || params.dropout_p > 0));
   const bool strides =
       params.q.stride_l <= sm90::kLargestRowStride && params.v.stride_l <= sm90::kLargestRowStride;
   if (!sizes || !flags || !strides) return false;

@@ -16,21 +16,13 @@ constexpr int kLongestRun = 32;
 
 enum Tile { kQ, kV, kGradOut, kTiles };
 
-struct PlainShared {
+struct BackwardShared {
   uint8_t tiles[kSlots][kTiles][kTileBytes];
   uint8_t score_gradients[2][kTileBytes];  // dS^T
   uint8_t staging[kWarps][kStagingBytes];
   RowStats stats[kSlots][kTileRows];
   int position[kPositionSlots][kTileRows];
 };
-
-// Masked instances have no registers for pointers to the head's rows.
-template <int kMasks>
-struct BackwardShared : PlainShared, MaskRows<kMasks> {
-  const uint8_t* rows[kTiles];
-};
-template <>
-struct BackwardShared<kPlain> : PlainShared, MaskRows<kPlain> {};
 
 // grad_k, projected, plus grad_q. Result in grad_k.
 template <typename Element, int kHeadDim>
@@ -61,8 +53,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 #ifdef REFORMER_SM90A
   wait_for_previous_kernel();
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  using Shared = BackwardShared<kMasks>;
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  BackwardShared& shared = *reinterpret_cast<BackwardShared*>(shared_bytes);
   const Line& line = args.line;
 
   const int first_chunk = blockIdx.x * args.run_length;
@@ -82,65 +73,39 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   // Chunks are numbered from the run's predecessor on. While the keys of chunk n meet the queries
   // of chunk n + 1, chunk n + 2 is copied and the positions of chunk n + 4 are loaded.
   Chunk chunk = line.at(first_chunk), ahead = line.at(first_chunk - 1);
-  // Masked instances have no registers for all the pointers that live through the loop: the first
-  // row of a round in [B * H, R, L], and of a stage's head in [head_count, R, L].
-  const auto round_begin_of = [&](int round) {
-    const int64_t rounds_before = int64_t{args.head_begin + renewed(blockIdx.y)} * line.rounds;
-    return (rounds_before + round) * line.length;
-  };
-  const auto stage_row = [&] { return int64_t{renewed(blockIdx.y)} * line.rounds * line.length; };
   const auto load_position = [&] {
     const int slot = ahead.index * kTileRows + threadIdx.x;
-    const int32_t* orders = order;
-    if constexpr (kMasks != kPlain) {
-      orders = args.order == nullptr ? nullptr : args.order + round_begin_of(0);
-    }
-    return threadIdx.x < kTileRows ? position_at(line, orders, ahead.round, slot) : 0;
+    return threadIdx.x < kTileRows ? position_at(line, order, ahead.round, slot) : 0;
   };
   const auto store_position = [&](uint32_t n, int position) {
     if (threadIdx.x < kTileRows) shared.position[n % kPositionSlots][threadIdx.x] = position;
   };
-  const auto gather = [&](uint32_t n, uint32_t rows, int round, uint32_t thread) {
+  const auto gather = [&](uint32_t n, uint32_t rows, uint32_t thread) {
     const uint32_t slot = n % kSlots;
     const auto& positions = shared.position[n % kPositionSlots];
     auto& tiles = shared.tiles[slot];
     typename Copy<kHeadDim>::Positions copied;
     read_copied_positions<kHeadDim>(copied, positions, thread);
-    const uint8_t* rows_of[kTiles] = {q, v, grad_out};
-    if constexpr (kMasks != kPlain) {
-      for (int tile = 0; tile < kTiles; ++tile) rows_of[tile] = shared.rows[tile];
-    }
-    gather_tile<kHeadDim>(shared_address(tiles[kQ]), rows_of[kQ], args.q.row_bytes, copied, thread);
-    gather_tile<kHeadDim>(shared_address(tiles[kV]), rows_of[kV], args.v.row_bytes, copied, thread);
-    gather_tile<kHeadDim>(shared_address(tiles[kGradOut]), rows_of[kGradOut],
-                          args.grad_out.row_bytes, copied, thread);
+    gather_tile<kHeadDim>(shared_address(tiles[kQ]), q, args.q.row_bytes, copied, thread);
+    gather_tile<kHeadDim>(shared_address(tiles[kV]), v, args.v.row_bytes, copied, thread);
+    gather_tile<kHeadDim>(shared_address(tiles[kGradOut]), grad_out, args.grad_out.row_bytes,
+                          copied, thread);
     if (thread < rows) {
       copy_async<16>(shared_address(&shared.stats[slot][thread]), row_stats + positions[thread]);
     } else if (thread < kTileRows) {
       shared.stats[slot][thread] = {INFINITY, 0.0F, 0.0F, 1.0F};  // past the end: no weight, no key
     }
-    if (kMasks != kPlain && thread < kTileRows) {
-      shared.fetch(args.masks, round_begin_of(round), round, slot, thread, positions[thread]);
-    }
     copy_async_commit();
   };
 
-  if constexpr (kMasks != kPlain) {
-    if (threadIdx.x == 0) {
-      shared.begin(args.masks, head);
-      shared.rows[kQ] = q;
-      shared.rows[kV] = v;
-      shared.rows[kGradOut] = grad_out;
-    }
-  }
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     store_position(n, load_position());
     ahead = line.next(ahead);
   }
   __syncthreads();
-  gather(0, line.rows(line.at(first_chunk - 1)), line.at(first_chunk - 1).round, threadIdx.x);
-  gather(1, line.rows(chunk), chunk.round, threadIdx.x);
+  gather(0, line.rows(line.at(first_chunk - 1)), threadIdx.x);
+  gather(1, line.rows(chunk), threadIdx.x);
   int pending_position = load_position();
 
   AccumulatorOf<kHeadDim> grad_q, grad_k, grad_v;
@@ -148,8 +113,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 
   // The keys of chunk `keys` meet the queries of chunk `queries`. First products start a sum, later
   // ones add to it. Leaves the product for grad_q running.
-  const auto attend = [&](uint32_t keys, uint32_t queries, bool neighbours, auto with_key_gradients,
-                          bool add_to_keys, bool add_to_queries) {
+  const auto attend = [&](uint32_t keys, uint32_t queries, Chunk query_chunk, bool neighbours,
+                          auto with_key_gradients, bool add_to_keys, bool add_to_queries) {
     constexpr bool kWithKeyGradients = decltype(with_key_gradients)::value;
     const uint32_t thread = renewed(threadIdx.x);
     // The first of the thread's two rows; the other is 8 below.
@@ -159,21 +124,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       return tile_descriptor(shared_address(shared.tiles[slot][tile]));
     };
 
-    PairBits bits{};
-    if constexpr (kMasks != kPlain) {
-      int bounds[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t row = upper_row + 8 * half;
-        bounds[half] =
-            key_bound<kCausal>(line, shared.position[keys % kPositionSlots][row],
-                               neighbours && shared.stats[key_slot][row].is_padding == 0.0F);
-      }
-      bits =
-          pair_bits<false, kCausal>(shared, args.masks, key_slot, query_slot, bounds,
-                                    shared.position[queries % kPositionSlots], upper_row, thread);
-    }
-
+    const PairBits bits = load_pair_bits<kMasks>(
+        args.masks, line, query_chunk, keys == queries ? kOwnKeys : kPreviousKeys, thread);
     Accumulator scores, weight_gradients;
     wgmma_fence();
     multiply_abt<Element, kHeadDim / 16>(scores, descriptor(key_slot, kQ),
@@ -227,10 +179,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   };
 
   copy_async_wait_and_sync();
-  gather(2, line.rows(line.next(chunk)), line.next(chunk).round, threadIdx.x);
-  attend(0, 1, line.has_previous(chunk), std::false_type{}, false, false);
+  gather(2, line.rows(line.next(chunk)), threadIdx.x);
+  attend(0, 1, chunk, line.has_previous(chunk), std::false_type{}, false, false);
   for (uint32_t n = 1; n <= steps; ++n) {
-    attend(n, n, true, std::true_type{}, false, true);
+    attend(n, n, chunk, true, std::true_type{}, false, true);
     PackedTile<kHeadDim> grad_q_rows;
     wgmma_wait<0>();
     pin(grad_q);
@@ -241,11 +193,11 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     store_position(n + 3, pending_position);
     copy_async_wait_and_sync();
     if (n < steps) {
-      gather(n + 2, line.rows(line.next(next)), line.next(next).round, renewed(threadIdx.x));
+      gather(n + 2, line.rows(line.next(next)), renewed(threadIdx.x));
     }
     ahead = line.next(ahead);
     pending_position = load_position();
-    attend(n, n + 1, line.has_previous(next), std::true_type{}, true, false);
+    attend(n, n + 1, next, line.has_previous(next), std::true_type{}, true, false);
 
     wgmma_wait<1>();  // all but grad_q of chunk n + 1
     pin(grad_k);
@@ -260,18 +212,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     const int* positions = &shared.position[n % kPositionSlots][first_row];
     const int64_t round_begin = int64_t{chunk.round} * line.length * kHeadDim;
     const int count = line.rows(chunk) - static_cast<int>(first_row);
-    Element *rows_q = partial_q, *rows_v = partial_v;
-    if constexpr (kMasks != kPlain) {
-      rows_q = args.partial_q + stage_row() * kHeadDim;
-      rows_v = args.partial_v + stage_row() * kHeadDim;
-    }
-    store_rows<Element, kHeadDim>(grad_k, rows_q + round_begin, positions, count,
+    store_rows<Element, kHeadDim>(grad_k, partial_q + round_begin, positions, count,
                                   shared.staging[warp], thread);
-    if constexpr (kMasks & kDropout) {
+    if constexpr (kMasks == kDropped) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) grad_v[i / 4][i % 4] *= args.masks.dropout_scale;
     }
-    store_rows<Element, kHeadDim>(grad_v, rows_v + round_begin, positions, count,
+    store_rows<Element, kHeadDim>(grad_v, partial_v + round_begin, positions, count,
                                   shared.staging[warp], thread);
     chunk = next;
   }
@@ -291,7 +238,7 @@ cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
                              traits.multiprocessors * kResidentBlocks, kLongestRun);
   const BackwardArgs<Element> args(params, stage, run);
   const auto kernel = backward_kernel<Element, kHeadDim, kCausal, kMasks>;
-  constexpr int kSharedBytes = sizeof(BackwardShared<kMasks>);
+  constexpr int kSharedBytes = sizeof(BackwardShared);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid((line_chunks + run - 1) / run, static_cast<unsigned>(stage.head_count));
@@ -305,9 +252,10 @@ cudaError_t sm90_backward(const ChunkedAttentionBackwardParams& params, const Ba
                           cudaStream_t stream) {
   if (params.head_dim == 128) return sm90::backward_128(params, stage, stream);
   return sm90::dispatch<32, 64>(params, [&](auto element, auto head_dim, auto causal) {
-    return sm90::dispatch_masks<head_dim()>(params, [&](auto masks) {
-      return sm90::launch_backward<decltype(element), head_dim(), causal(), masks()>(params, stage,
-                                                                                     stream);
+    return sm90::dispatch_masks(params, [&](auto masks) {
+      constexpr bool kCausal = causal() && masks() == sm90::kPlain;  // else the bits know
+      return sm90::launch_backward<decltype(element), head_dim(), kCausal, masks()>(params, stage,
+                                                                                    stream);
     });
   });
 }

@@ -33,7 +33,7 @@ struct BackwardArgs {
         run_length(run_length),
         scale(params.scale),
         scale_log2(params.scale * kLog2E),
-        masks(params) {}
+        masks(params, stage.pair_bits) {}
 };
 
 // causal: a query attends if its position is greater; else unless it is equal.
@@ -74,7 +74,7 @@ __device__ __forceinline__ void recompute_weights(Fragments& weights, Accumulato
       const float weight = exp2_approx(fmaf(scores[j][e], logit_scales[e / 2], -lse[e % 2]));
       p[e] = columns.attend(e) ? weight : 0.0F;
       scores[j][e] = p[e] * gradient_scales[e / 2];
-      if constexpr (kMasks & kDropout) p[e] = columns.drop(e) ? 0.0F : p[e];
+      if constexpr (kMasks == kDropped) p[e] = columns.drop(e) ? 0.0F : p[e];
     }
     pack_columns<Element>(weights, j, p[0], p[1], p[2], p[3]);
   }
@@ -98,7 +98,7 @@ __device__ __forceinline__ void score_gradients(Fragments& gradients,
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       float difference;
-      if constexpr (kMasks & kDropout) {
+      if constexpr (kMasks == kDropped) {
         const float factor = pairs.columns(j, column).drop(e) ? 0.0F : dropout_scale;
         difference = fmaf(weight_gradients[j][e], factor, -delta[e % 2]);
       } else {

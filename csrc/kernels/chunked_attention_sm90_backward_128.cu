@@ -47,7 +47,7 @@ struct BackwardShared {
 static_assert(sizeof(BackwardShared) <= 227 * 1024);
 static_assert(kWarps * kStagingBytes * kWarpgroups <= sizeof(WideTile));
 
-template <typename Element, bool kCausal>
+template <typename Element, bool kCausal, int kMasks>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     backward_kernel(const __grid_constant__ BackwardArgs<Element> args) {
 #ifdef REFORMER_SM90A
@@ -132,8 +132,15 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                                          descriptor(shared.grad_out[queries % kGradOutSlots]));
   };
 
+  // Of the warpgroup's pair, whose keys are `chunk`.
+  const auto load_bits = [&](Chunk chunk) {
+    return load_pair_bits<kMasks>(
+        args.masks, line, warpgroup == kDiagonal ? chunk : line.next(chunk),
+        warpgroup == kDiagonal ? kOwnKeys : kPreviousKeys, thread_in_warpgroup());
+  };
+
   // Makes weights and gradients from the scores of the keys of chunk n, now `chunk`.
-  const auto weigh = [&](uint32_t n, Chunk chunk) {
+  const auto weigh = [&](uint32_t n, Chunk chunk, PairBits bits) {
     const uint32_t thread = thread_in_warpgroup(), queries = n + warpgroup;
     const uint32_t upper_row = thread / 32 * 16 + thread % 32 / 4;
     const bool neighbours = warpgroup == kDiagonal || line.has_previous(line.next(chunk));
@@ -151,10 +158,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     const RowStats* query_stats = shared.stats[queries % kStatsSlots];
     pin(scores);
     pin(weight_gradients);
-    const Pairs<false, kCausal, kPlain> pairs(positions(queries), key_bounds, {});
-    recompute_weights<Element>(weights, scores, logit_scales, gradient_scales, pairs, query_stats,
-                               thread);
-    score_gradients<Element>(gradients, scores, weight_gradients, pairs, 1.0F, query_stats, thread);
+    const Pairs<false, kCausal, kMasks> pairs(positions(queries), key_bounds, bits);
+    recompute_weights<Element>(weights, scores, logit_scales, gradient_scales, pairs.renewed(),
+                               query_stats, thread);
+    score_gradients<Element>(gradients, scores, weight_gradients, pairs.renewed(),
+                             args.masks.dropout_scale, query_stats, thread);
   };
 
   // Shows the pair's weights and gradients to the other warpgroup after the next barrier.
@@ -203,6 +211,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     uint8_t* staging = shared.v[(n + 1) % kVSlots][warpgroup] + warp * kStagingBytes;
     store_rows<Element, kHalf, kHeadDim>(grad_q, partial_q + round_begin, rows, count, staging,
                                          thread);
+    if constexpr (kMasks == kDropped) {
+#pragma unroll
+      for (int i = 0; i < kHalf / 2; ++i) grad_v[i / 4][i % 4] *= args.masks.dropout_scale;
+    }
     store_rows<Element, kHalf, kHeadDim>(grad_v, partial_v + round_begin, rows, count, staging,
                                          thread);
   };
@@ -220,8 +232,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
   // Step 0: of the keys of the run's predecessor only the gradients of scores with chunk 1 matter.
   begin_scores(0);
+  PairBits bits = load_bits(previous);
   wgmma_wait<0>();
-  weigh(0, previous);
+  weigh(0, previous, bits);
   show(0);
   __syncthreads();
   store_position(4, pending_position);
@@ -231,8 +244,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     gather_values(2);
   }
   begin_scores(1);
+  bits = load_bits(chunk);
   wgmma_wait<0>();
-  weigh(1, chunk);
+  weigh(1, chunk, bits);
 
   for (uint32_t n = 1; n <= steps; ++n) {
     if (n > 1) finish_gradients(n - 1);
@@ -266,8 +280,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     multiply_atb<Element>(grad_q, descriptor(shared.diagonal_gradients),
                           descriptor(shared.q[n % kQSlots][warpgroup]), true);
 
+    bits = load_bits(chunk);
     wgmma_wait<4>();  // all but the products with operands in shared memory alone
-    weigh(n + 1, chunk);
+    weigh(n + 1, chunk, bits);
     wgmma_wait<0>();
     pin(grad_q);
     pin(grad_k);
@@ -279,7 +294,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #endif
 }
 
-template <typename Element, bool kCausal>
+template <typename Element, bool kCausal, int kMasks>
 cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
                             const BackwardStage& stage, cudaStream_t stream) {
   DeviceTraits traits{};
@@ -289,7 +304,7 @@ cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
   const int line_chunks = make_line(params).chunks();
   const int run = run_length(stage.head_count, line_chunks, traits.multiprocessors, kLongestRun);
   const BackwardArgs<Element> args(params, stage, run);
-  const auto kernel = backward_kernel<Element, kCausal>;
+  const auto kernel = backward_kernel<Element, kCausal, kMasks>;
   constexpr int kSharedBytes = sizeof(BackwardShared);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
@@ -302,7 +317,10 @@ cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
 cudaError_t backward_128(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
                          cudaStream_t stream) {
   return dispatch<kHeadDim>(params, [&](auto element, auto, auto causal) {
-    return launch_backward<decltype(element), causal()>(params, stage, stream);
+    return dispatch_masks(params, [&](auto masks) {
+      constexpr bool kCausal = causal() && masks() == kPlain;  // else the bits know
+      return launch_backward<decltype(element), kCausal, masks()>(params, stage, stream);
+    });
   });
 }
 

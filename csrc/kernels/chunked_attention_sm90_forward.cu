@@ -11,10 +11,9 @@ namespace {
 
 // Per multiprocessor: as many as go without spilled registers.
 template <int kHeadDim, int kMasks>
-constexpr int kResidentBlocks =
-    kHeadDim > 64                                                      ? 2
-    : kMasks == kPlain || (kHeadDim == 64 && (kMasks & kDropout) != 0) ? 4
-                                                                       : 3;
+constexpr int kResidentBlocks = kHeadDim > 64        ? 2
+                                : kMasks == kBlocked ? 3
+                                                     : 4;
 constexpr int kLongestRun = 16;
 
 template <typename Element>
@@ -33,7 +32,7 @@ struct ForwardArgs {
 // Shared memory: a ring of chunks, each the tiles of q (queries and keys) and those of v, and their
 // constants.
 template <int kHeadDim>
-struct PlainShared {
+struct ForwardShared {
   uint8_t q[kSlots][kTilesPerRow<kHeadDim>][kTileBytes];
   uint8_t v[kSlots][kTilesPerRow<kHeadDim>][kTileBytes];
   float key_scale[kSlots][kTileRows];   // scale * log2(e) / |q|
@@ -42,9 +41,6 @@ struct PlainShared {
   int position[kPositionSlots][kTileRows];
   uint8_t staging[kWarps][kStagingBytes];
 };
-
-template <int kHeadDim, int kMasks>
-struct ForwardShared : PlainShared<kHeadDim>, MaskRows<kMasks> {};
 
 // Logits in base 2 are at most |q| scale log2(e), as keys have unit length. Where that bound is no
 // larger than this, the softmax is shifted by it and no maximum is taken: the largest weight of a
@@ -95,7 +91,7 @@ __device__ __forceinline__ void exponentiate(Fragments& weights, float (&sums)[2
       const float weight = exp2_approx(fmaf(scores[j][e], scales[e % 2], -shifts[e / 2]));
       p[e] = valid ? weight : 0.0F;
       sums[e / 2] += p[e];
-      if constexpr (kMasks & kDropout) p[e] = columns.drop(e) ? 0.0F : p[e];
+      if constexpr (kMasks == kDropped) p[e] = columns.drop(e) ? 0.0F : p[e];
     }
     pack_columns<Element>(weights, j, p[0], p[1], p[2], p[3]);
   }
@@ -150,8 +146,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
 #ifdef REFORMER_SM90A
   wait_for_previous_kernel();
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  using Shared = ForwardShared<kHeadDim, kMasks>;
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  auto& shared = *reinterpret_cast<ForwardShared<kHeadDim>*>(shared_bytes);
   const Line& line = args.line;
   constexpr int kParts = kTilesPerRow<kHeadDim>;
 
@@ -174,21 +169,11 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
   // copied, the positions of chunk n + 2 are in shared memory and those of chunk n + 3 on their
   // way.
   Chunk chunk = line.at(first_chunk), ahead = line.at(first_chunk - 1);
-  // The first row of a round in [B * H, R, L], for masked instances: they have no registers for
-  // pointers that live through the loop.
-  const auto round_begin_of = [&](int round) {
-    const int64_t rounds_before = int64_t{args.head_begin + renewed(blockIdx.y)} * line.rounds;
-    return (rounds_before + round) * line.length;
-  };
   const auto load_position = [&] {
     const int slot = ahead.index * kTileRows + threadIdx.x;
-    const int32_t* orders = order;
-    if constexpr (kMasks != kPlain) {
-      orders = args.order == nullptr ? nullptr : args.order + round_begin_of(0);
-    }
-    return threadIdx.x < kTileRows ? position_at(line, orders, ahead.round, slot) : 0;
+    return threadIdx.x < kTileRows ? position_at(line, order, ahead.round, slot) : 0;
   };
-  const auto gather = [&](uint32_t n, uint32_t rows, int round, uint32_t thread) {
+  const auto gather = [&](uint32_t n, uint32_t rows, uint32_t thread) {
     const uint32_t slot = n % kSlots;
     const auto& positions = shared.position[n % kPositionSlots];
     typename Copy<kHeadDim>::Positions copied;
@@ -199,9 +184,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
       const int position = positions[thread];
       const bool valid = thread < rows && !(padding != nullptr && padding[position]);
       shared.key_position[slot][thread] = valid ? position : kInvalidKey;
-      if constexpr (kMasks != kPlain) {
-        shared.fetch(args.masks, round_begin_of(round), round, slot, thread, position);
-      }
     }
     copy_async_commit();
   };
@@ -210,15 +192,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
     if (threadIdx.x < kTileRows) shared.position[n % kPositionSlots][threadIdx.x] = position;
   };
   if (threadIdx.x < kTileRows) shared.no_positions[threadIdx.x] = kInvalidKey;
-  if (threadIdx.x == 0) shared.begin(args.masks, head);
 #pragma unroll
   for (int n = 0; n < 3; ++n) {
     store_position(n, load_position());
     ahead = line.next(ahead);
   }
   __syncthreads();
-  gather(0, line.rows(line.at(first_chunk - 1)), line.at(first_chunk - 1).round, threadIdx.x);
-  gather(1, line.rows(chunk), chunk.round, threadIdx.x);
+  gather(0, line.rows(line.at(first_chunk - 1)), threadIdx.x);
+  gather(1, line.rows(chunk), threadIdx.x);
   int pending_position = load_position();
   copy_async_wait_and_sync();
   const float first_square = row_square<Element, kHeadDim>(shared.q[0][0], threadIdx.x);
@@ -232,31 +213,15 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
 
     store_position(n + 2, pending_position);
     copy_async_wait_and_sync();
-    if (n < steps) {
-      gather(n + 1, line.rows(line.next(chunk)), line.next(chunk).round, thread);
-    }
+    if (n < steps) gather(n + 1, line.rows(line.next(chunk)), thread);
     if constexpr (kMasks == kPlain) {
       ahead = line.next(ahead);
       pending_position = load_position();
     }
-
-    int query_bounds[2];
-    const auto read_query_bound = [&](int half) {
-      const int position = shared.position[n % kPositionSlots][upper_row + 8 * half];
-      query_bounds[half] = query_bound<kCausal>(line, position);
+    const auto load_bits = [&](PairTile tile) {
+      return load_pair_bits<kMasks>(args.masks, line, chunk, tile, thread);
     };
-    const auto previous_keys = [&] {
-      return line.has_previous(chunk) ? shared.key_position[previous] : shared.no_positions;
-    };
-    PairBits previous_bits{}, current_bits{};
-    if constexpr (kMasks != kPlain) {
-      read_query_bound(0);
-      read_query_bound(1);
-      previous_bits = pair_bits<true, kCausal>(shared, args.masks, current, previous, query_bounds,
-                                               previous_keys(), upper_row, thread);
-      current_bits = pair_bits<true, kCausal>(shared, args.masks, current, current, query_bounds,
-                                              shared.key_position[current], upper_row, thread);
-    }
+    const PairBits current_bits = load_bits(kOwnKeys);
 
     // Scores of both key tiles, the chunk's own first.
     FragmentsOf<kHeadDim> query;
@@ -268,6 +233,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
     multiply_abt<Element>(previous_scores, query,
                           tile_descriptor(shared_address(shared.q[previous])));
 
+    int query_bounds[2];
     float squares[2], shifts[2], sums[2] = {0.0F, 0.0F};
     wgmma_wait<1>();
     pin(current_scores);
@@ -278,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
       const float scale = args.scale_log2 * inverse_norm(squares[half]);
       shifts[half] = scale * squares[half];
       if (thread % 4 == 0) shared.key_scale[current][row] = scale;
-      if constexpr (kMasks == kPlain) read_query_bound(half);
+      query_bounds[half] = query_bound<kCausal>(line, shared.position[n % kPositionSlots][row]);
     }
     __syncthreads();
     const float* key_scales[2] = {shared.key_scale[previous], shared.key_scale[current]};
@@ -286,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
         line.has_previous(chunk) ? shared.key_position[previous] : shared.no_positions,
         shared.key_position[current]};
     const Pairs<true, kCausal, kMasks> previous_pairs{key_positions[0], query_bounds,
-                                                      previous_bits};
+                                                      load_bits(kPreviousKeys)};
     const Pairs<true, kCausal, kMasks> current_pairs{key_positions[1], query_bounds, current_bits};
 
     // Softmax over both tiles, in base 2. A row without any key keeps sum 0.
@@ -327,13 +293,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
       pending_position = load_position();
     }
     const int64_t round_begin = int64_t{chunk.round} * line.length;
-    float* lse = partial_lse;
-    Element* out = partial_out;
-    if constexpr (kMasks != kPlain) {
-      const int64_t rows_before = int64_t{renewed(blockIdx.y)} * line.rounds * line.length;
-      lse = args.partial_lse + rows_before;
-      out = args.partial_out + rows_before * kHeadDim;
-    }
     const int rows = line.rows(chunk);
     const auto& positions = shared.position[n % kPositionSlots];
     float inverse_sums[2];
@@ -342,9 +301,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
       const int row = upper_row + 8 * half;
       const float sum = quad_sum(sums[half]);
       inverse_sums[half] = sum > 0.0F ? __fdividef(1.0F, sum) : 0.0F;
-      if constexpr (kMasks & kDropout) inverse_sums[half] *= args.masks.dropout_scale;
+      if constexpr (kMasks == kDropped) inverse_sums[half] *= args.masks.dropout_scale;
       if (thread % 4 == 0 && row < rows) {
-        __stcs(&lse[round_begin + positions[row]], shifts[half] + __log2f(sum));
+        __stcs(&partial_lse[round_begin + positions[row]], shifts[half] + __log2f(sum));
       }
     }
     wgmma_wait<0>();
@@ -356,8 +315,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) output[part][i / 4][i % 4] *= inverse_sums[i % 4 / 2];
       store_rows<Element, kColumns, kHeadDim>(
-          output[part], out + round_begin * kHeadDim + part * kColumns, &positions[first_row],
-          rows - first_row, shared.staging[warp], thread);
+          output[part], partial_out + round_begin * kHeadDim + part * kColumns,
+          &positions[first_row], rows - first_row, shared.staging[warp], thread);
     }
     chunk = line.next(chunk);
   }
@@ -386,9 +345,9 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, const ForwardSt
                                   static_cast<int>(stage.head_begin),
                                   run,
                                   params.scale * kLog2E,
-                                  MaskArgs(params)};
+                                  MaskArgs(params, stage.pair_bits)};
   const auto kernel = forward_kernel<Element, kHeadDim, kCausal, kMasks>;
-  constexpr int kSharedBytes = sizeof(ForwardShared<kHeadDim, kMasks>);
+  constexpr int kSharedBytes = sizeof(ForwardShared<kHeadDim>);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid((line.chunks() + run - 1) / run, static_cast<unsigned>(stage.head_count));
@@ -401,9 +360,10 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, const ForwardSt
 cudaError_t sm90_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
                          cudaStream_t stream) {
   return sm90::dispatch<32, 64, 128>(params, [&](auto element, auto head_dim, auto causal) {
-    return sm90::dispatch_masks<head_dim()>(params, [&](auto masks) {
-      return sm90::launch_forward<decltype(element), head_dim(), causal(), masks()>(params, stage,
-                                                                                    stream);
+    return sm90::dispatch_masks(params, [&](auto masks) {
+      constexpr bool kCausal = causal() && masks() == sm90::kPlain;  // else the bits know
+      return sm90::launch_forward<decltype(element), head_dim(), kCausal, masks()>(params, stage,
+                                                                                   stream);
     });
   });
 }

@@ -2,8 +2,10 @@
 // the instances of the main kernels: _generic (any shape and flag, sm_80 up) and _sm90 (wgmma fast
 // path).
 //
-//   forward:   key_scale (generic) -> main (one partial per round) -> combine
-//   backward:  row_stats -> main (one partial gradient per round) -> reduce
+//   forward:   key_scale (generic), pair_bits (_sm90, masked) -> main (one partial per round)
+//              -> combine
+//   backward:  row_stats, pair_bits (_sm90, masked) -> main (one partial gradient per round)
+//              -> reduce
 //
 // A stage covers head_count of the batch * heads sequences, from head_begin on: the entry point
 // runs groups of heads one after the other, so that the workspace stays bounded.
@@ -17,6 +19,25 @@ namespace reformer::kernels {
 inline constexpr float kMinKeyNorm = 1e-12f;
 inline constexpr float kMaxKeyScale = 1 / kMinKeyNorm;
 
+// Within one round a window is a set, so that only several rounds can hold a pair twice.
+inline bool corrects_duplicates(const ChunkedAttentionParams& params) {
+  return params.correct_duplicates && params.rounds > 1 && params.order != nullptr;
+}
+
+// Pairs of one query chunk and one chunk of its keys: what a thread of a warpgroup needs to know of
+// those in its part of the scores. Bit 4 j + e is element [j][e]'s of its accumulator (wgmma.cuh).
+struct PairBits {
+  uint32_t blocked;  // may not attend
+  uint32_t dropped;  // its weight counts in the softmax alone; only under dropout
+};
+enum PairTile { kOwnKeys, kPreviousKeys };
+inline constexpr int kPairThreads = 128;
+
+// Whether more than positions and padding decides about pairs.
+inline bool needs_pair_bits(const ChunkedAttentionParams& params) {
+  return params.buckets != nullptr || params.dropout_p > 0 || corrects_duplicates(params);
+}
+
 struct ForwardStage {
   int64_t head_begin, head_count;
   const float* key_scale;  // [head_count, L]: 1 / max(|q|, eps), for generic_forward; null for
@@ -26,6 +47,8 @@ struct ForwardStage {
   float* partial_lse;  // [head_count, R, L]: log2 of the round's sum of exp; -inf without valid key
   const int32_t* chunk_numbers;  // [head_count, L, R]: a position's chunk within each round; null
                                  // unless duplicates are corrected
+  const void* pair_bits;  // [head_count, R, chunks, PairTile, kPairThreads], for sm90_forward:
+                          // PairBits under dropout, else the blocked ones; null unless needed
 };
 
 // One row's constants in the backward pass, 16 bytes so that one load fetches them.
@@ -46,6 +69,7 @@ struct BackwardStage {
                     // (reduce projects their sum); null for shared QK by sm90_backward
   void* partial_v;  // [head_count, R, L, D]
   const int32_t* chunk_numbers;  // as in the forward stage
+  const void* pair_bits;         // as in the forward stage, of the transposed scores
 };
 
 // The main kernels never let a query attend to itself under mask_self: combine and reduce give a
@@ -55,6 +79,12 @@ cudaError_t generic_forward(const ChunkedAttentionParams& params, const ForwardS
                             cudaStream_t stream);
 cudaError_t generic_backward(const ChunkedAttentionBackwardParams& params,
                              const BackwardStage& stage, cudaStream_t stream);
+
+// Works out the bits of head_count heads. keys_in_rows: of the transposed scores.
+int64_t pair_bits_size(const ChunkedAttentionParams& params, int64_t head_count);
+cudaError_t make_pair_bits(const ChunkedAttentionParams& params, int64_t head_begin,
+                           int64_t head_count, const int32_t* chunk_numbers, bool keys_in_rows,
+                           void* pair_bits, cudaStream_t stream);
 
 // True where the wgmma instance covers these sizes and flags on the current device.
 bool sm90_supports(const ChunkedAttentionParams& params);

@@ -42,19 +42,19 @@ struct Case {
   bool causal = true, mask_self = true, wrap = true;
   bool natural_order = false, padding = false,
        interleaved = false;  // interleaved: [B, L, H, D] memory
-  bool same_bucket = false;
+  bool same_bucket = false, correct_duplicates = false;
   double dropout_p = 0.0;
   double norm = 1.0;  // of a row, times sqrt(head_dim)
 
   int64_t sequences() const { return int64_t{batch} * heads; }
   std::string name() const {
     char text[200];
-    std::snprintf(text, sizeof text, "B%d H%d L%d R%d D%d %s%s%s%s%s%s%s%s dropout %g norm %g",
+    std::snprintf(text, sizeof text, "B%d H%d L%d R%d D%d %s%s%s%s%s%s%s%s%s dropout %g norm %g",
                   batch, heads, length, rounds, head_dim, dtype == DType::f16 ? "f16" : "bf16",
                   causal ? " causal" : "", mask_self ? " mask_self" : "", wrap ? " wrap" : "",
                   natural_order ? " natural" : "", padding ? " padding" : "",
-                  interleaved ? " interleaved" : "", same_bucket ? " same_bucket" : "", dropout_p,
-                  norm);
+                  interleaved ? " interleaved" : "", same_bucket ? " same_bucket" : "",
+                  correct_duplicates ? " duplicates" : "", dropout_p, norm);
     return text;
   }
 };
@@ -165,6 +165,16 @@ struct Problem {
                        [&](int a, int b) { return bucket[a] < bucket[b]; });
     }
   }
+  // Of each position in each round.
+  std::vector<int32_t> chunk_numbers() const {
+    std::vector<int32_t> numbers(order.size());
+    for (size_t i = 0; i < order.size(); ++i) {
+      const size_t line = i / c.length, sequence = line / c.rounds, round = line % c.rounds;
+      numbers[(sequence * c.length + order[i]) * c.rounds + round] =
+          static_cast<int32_t>(i % c.length / kChunk);
+    }
+    return numbers;
+  }
   // Row of sequence s at position i.
   int64_t row(int64_t s, int64_t i) const {
     return s / c.heads * view.stride_b + s % c.heads * view.stride_h + i * view.stride_l;
@@ -219,8 +229,9 @@ Reference reference(const Problem& problem) {
       ref.key_scale[s * L + i] = static_cast<float>(key_scale[i]);
       for (int d = 0; d < D; ++d) key[i * D + d] = q[i * D + d] * key_scale[i];
     }
-    // Calls visit(round, i, j) for every valid slot.
+    // Calls visit(round of i, round of j, i, j) for every valid slot, or for a pair's first one.
     const auto for_each_pair = [&](auto visit) {
+      std::vector<bool> met(c.correct_duplicates ? int64_t{L} * L : 0);
       for (int line = 0; line < R * chunks; ++line) {
         std::vector<int> window{line};
         if (c.wrap && R * chunks > 1) window.push_back((line + R * chunks - 1) % (R * chunks));
@@ -238,6 +249,10 @@ Reference reference(const Problem& problem) {
               if (c.same_bucket &&
                   (other / chunks != round || bucket(round, i) != bucket(round, j)))
                 continue;
+              if (c.correct_duplicates) {
+                if (met[int64_t{i} * L + j]) continue;
+                met[int64_t{i} * L + j] = true;
+              }
               visit(line / chunks, other / chunks, i, j);
             }
           }
@@ -305,8 +320,8 @@ Reference reference(const Problem& problem) {
 
 // Device copies of a problem, and the parameters that name them.
 struct Device {
-  Buffer q, v, grad_out, order, buckets, seed, padding, key_scale, stats, partial_out, partial_lse,
-      partial_q, partial_v;
+  Buffer q, v, grad_out, order, buckets, seed, padding, key_scale, stats, chunk_numbers, pair_bits,
+      partial_out, partial_lse, partial_q, partial_v;
   ChunkedAttentionBackwardParams params{};
   ForwardStage forward{};
   BackwardStage backward{};
@@ -321,6 +336,8 @@ struct Device {
         padding(p.padding),
         key_scale(scales),
         stats(row_stats),
+        chunk_numbers(p.chunk_numbers()),
+        pair_bits(pair_bits_bytes(p.c)),
         partial_out(rows(p.c) * p.c.head_dim * 2),
         partial_lse(rows(p.c) * 4),
         partial_q(rows(p.c) * p.c.head_dim * 2),
@@ -343,6 +360,7 @@ struct Device {
     params.batch = c.batch, params.heads = c.heads, params.length = c.length;
     params.head_dim = c.head_dim, params.rounds = c.rounds;
     params.chunk_size = kChunk, params.look_back = 1;
+    params.correct_duplicates = c.correct_duplicates;
     params.causal = c.causal, params.mask_self = c.mask_self, params.wrap = c.wrap;
     params.scale = static_cast<float>(1.0 / std::sqrt(c.head_dim));
     forward = {0, c.sequences(), static_cast<const float*>(key_scale.data()), partial_out.data(),
@@ -352,6 +370,29 @@ struct Device {
         nullptr, partial_v.data()};
   }
   static int64_t rows(const Case& c) { return c.sequences() * c.rounds * c.length; }
+  static int64_t pair_bits_bytes(const Case& c) {
+    ChunkedAttentionParams sizes{};
+    sizes.rounds = c.rounds, sizes.length = c.length, sizes.dropout_p = c.dropout_p;
+    return pair_bits_size(sizes, c.sequences());
+  }
+
+  void run_forward(ForwardStage stage) {
+    CUDA_CHECK(sm90_forward(params, with_bits(stage, false), nullptr));
+  }
+  void run_backward(BackwardStage stage) {
+    CUDA_CHECK(sm90_backward(params, with_bits(stage, true), nullptr));
+  }
+  template <typename Stage>
+  Stage with_bits(Stage stage, bool keys_in_rows) {
+    if (!needs_pair_bits(params)) return stage;
+    const auto* numbers = static_cast<const int32_t*>(chunk_numbers.data()) +
+                          stage.head_begin * params.rounds * params.length;
+    CUDA_CHECK(make_pair_bits(params, stage.head_begin, stage.head_count,
+                              corrects_duplicates(params) ? numbers : nullptr, keys_in_rows,
+                              pair_bits.data(), nullptr));
+    stage.pair_bits = pair_bits.data();
+    return stage;
+  }
 
   // All heads, in two stages where there are several, as the entry point may split them.
   void run_in_groups() {
@@ -364,13 +405,13 @@ struct Device {
       f.key_scale += begin * params.length;
       f.partial_out = static_cast<uint16_t*>(f.partial_out) + rows * params.head_dim;
       f.partial_lse += rows;
-      CUDA_CHECK(sm90_forward(params, f, nullptr));
+      run_forward(f);
       BackwardStage b = backward;
       b.head_begin = begin, b.head_count = count;
       b.row_stats += begin * params.length;
       b.partial_q = static_cast<uint16_t*>(b.partial_q) + rows * params.head_dim;
       b.partial_v = static_cast<uint16_t*>(b.partial_v) + rows * params.head_dim;
-      CUDA_CHECK(sm90_backward(params, b, nullptr));
+      run_backward(b);
     }
     CUDA_CHECK(cudaDeviceSynchronize());
   }
@@ -410,8 +451,8 @@ bool check(const Problem& problem, const Reference& ref) {
              grad_v = device.partial_v.read<uint16_t>();
   const auto lse = device.partial_lse.read<float>();
   bool guards = true, repeated = true;
-  for (Buffer* buffer :
-       {&device.partial_out, &device.partial_lse, &device.partial_q, &device.partial_v}) {
+  for (Buffer* buffer : {&device.partial_out, &device.partial_lse, &device.partial_q,
+                         &device.partial_v, &device.pair_bits}) {
     guards = guards && buffer->guards_intact();
     buffer->poison();
   }
@@ -459,10 +500,8 @@ void time_case(const Case& c) {
   const std::vector<float> key_scale(c.sequences() * c.length, 0.125F);
   const std::vector<RowStats> stats(c.sequences() * c.length, RowStats{10.0F, 0.1F, 0.125F, 0.0F});
   Device device(problem, key_scale, stats);
-  const double forward =
-      median_ms([&] { CUDA_CHECK(sm90_forward(device.params, device.forward, nullptr)); });
-  const double backward =
-      median_ms([&] { CUDA_CHECK(sm90_backward(device.params, device.backward, nullptr)); });
+  const double forward = median_ms([&] { device.run_forward(device.forward); });
+  const double backward = median_ms([&] { device.run_backward(device.backward); });
   std::printf("%-75s forward %.4f ms  backward %.4f ms\n", c.name().c_str(), forward, backward);
   std::fflush(stdout);
 }
@@ -497,18 +536,22 @@ int main(int argc, char** argv) {
                               }),
                          8);
     passed = check(masked, reference(masked)) && passed;
+    const Problem corrected(
+        with(base, [](Case& c) { c.length = 300, c.rounds = 3, c.correct_duplicates = true; }), 9);
+    passed = check(corrected, reference(corrected)) && passed;
     return passed ? 0 : 1;
   }
   if (mode == "main") {
     for (const int head_dim : {64, 128}) time_case({1, 8, 65536, 8, head_dim});
   }
   if (mode == "masks") {
-    for (const int head_dim : {64, 32}) {
+    for (const int head_dim : {64, 32, 128}) {
       const Case plain{1, 8, 65536, 8, head_dim};
       time_case(plain);
       time_case(with(plain, [](Case& c) { c.same_bucket = true; }));
       time_case(with(plain, [](Case& c) { c.dropout_p = 0.1; }));
       time_case(with(plain, [](Case& c) { c.same_bucket = true, c.dropout_p = 0.1; }));
+      time_case(with(plain, [](Case& c) { c.correct_duplicates = true; }));
     }
   }
   if (mode == "time") {
@@ -567,26 +610,32 @@ int main(int argc, char** argv) {
         // Around the norm from which on the forward pass takes maxima: both ways within one chunk.
         cases.push_back(with(typed, [](Case& c) { c.norm = c.dtype == DType::f16 ? 2.75 : 28; }));
         cases.push_back(with(typed, [](Case& c) { c.norm = 0.01; }));
-        if (head_dim == 128) continue;
-        for (const int masked_dim : {32, 64}) {
-          for (const bool same_bucket : {true, false}) {
-            for (const double dropout_p : {0.0, 0.1, 0.6}) {
-              if (!same_bucket && dropout_p == 0.0) continue;
-              const Case masked = with(typed, [&](Case& c) {
-                c.head_dim = masked_dim, c.same_bucket = same_bucket, c.dropout_p = dropout_p;
-              });
-              cases.push_back(masked);
-              cases.push_back(with(masked, [](Case& c) { c.length = 333, c.wrap = false; }));
-              cases.push_back(with(masked, [](Case& c) {
-                c.batch = 2, c.length = 700, c.padding = true, c.mask_self = false;
-              }));
+        for (const int masked_dim : head_dim == 64 ? std::vector{32, 64} : std::vector{128}) {
+          const auto add_masked = [&](const std::function<void(Case&)>& mask) {
+            const Case masked = with(with(typed, [&](Case& c) { c.head_dim = masked_dim; }), mask);
+            cases.push_back(masked);
+            cases.push_back(with(masked, [](Case& c) { c.length = 333, c.wrap = false; }));
+            cases.push_back(with(masked, [](Case& c) {
+              c.batch = 2, c.length = 700, c.padding = true, c.mask_self = false;
+            }));
+            cases.push_back(with(masked, [](Case& c) { c.length = 65, c.interleaved = true; }));
+            cases.push_back(with(masked, [](Case& c) { c.length = 64, c.norm = 30; }));
+            if (masked.correct_duplicates) {
+              cases.push_back(with(masked, [](Case& c) { c.rounds = 9; }));
+              cases.push_back(with(masked, [](Case& c) { c.rounds = 17, c.length = 130; }));
+            } else {
               cases.push_back(with(masked, [](Case& c) {
                 c.natural_order = true, c.rounds = 1, c.length = 500, c.norm = 30;
               }));
-              cases.push_back(with(masked, [](Case& c) { c.length = 65, c.interleaved = true; }));
             }
+          };
+          for (const double dropout_p : {0.0, 0.1, 0.6}) {
+            add_masked([&](Case& c) { c.same_bucket = true, c.dropout_p = dropout_p; });
+            if (dropout_p > 0) add_masked([&](Case& c) { c.dropout_p = dropout_p; });
           }
+          add_masked([&](Case& c) { c.correct_duplicates = true; });
         }
+        if (head_dim == 128) continue;
         cases.push_back(with(typed, [](Case& c) { c.head_dim = 32, c.length = 700; }));
         cases.push_back(
             with(typed, [](Case& c) { c.head_dim = 32, c.interleaved = true, c.padding = true; }));
