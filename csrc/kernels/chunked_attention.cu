@@ -136,16 +136,19 @@ __global__ void key_scale_kernel(const __grid_constant__ ChunkedAttentionParams 
 
 // chunk_numbers[head, l, round]: the chunk of its round in which position l stands.
 __global__ void chunk_numbers_kernel(const __grid_constant__ ChunkedAttentionParams params,
-                                     int64_t head_begin, int64_t head_count,
-                                     int32_t* chunk_numbers) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= head_count * params.rounds * params.length) return;
-  const int64_t slot = index % params.length, round = index / params.length % params.rounds;
-  const int64_t head = index / params.length / params.rounds;
-  const int64_t token = params.order[head_begin * params.rounds * params.length + index];
-  const int64_t l = token < 0 ? 0 : token < params.length ? token : params.length - 1;
-  chunk_numbers[(head * params.length + l) * params.rounds + round] =
-      static_cast<int32_t>(slot / params.chunk_size);
+                                     int64_t head_begin, int32_t* chunk_numbers) {
+  wait_for_previous_kernel();
+  const int64_t slot = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (slot >= params.length) return;
+  const int64_t rows = params.rounds * params.length, head = blockIdx.y;
+  const int32_t* order = params.order + (head_begin + head) * rows + slot;
+  const auto chunk = static_cast<int32_t>(slot / params.chunk_size);
+#pragma unroll 8
+  for (int64_t round = 0; round < params.rounds; ++round) {
+    const int64_t token = order[round * params.length];
+    const int64_t l = token < 0 ? 0 : token < params.length ? token : params.length - 1;
+    chunk_numbers[head * rows + l * params.rounds + round] = chunk;
+  }
 }
 
 // out = sum of the rounds' outputs weighted by exp(their lse - the total lse). Rounds are taken in
@@ -439,10 +442,9 @@ int64_t backward_group(const ChunkedAttentionBackwardParams& params, bool sm90) 
 
 cudaError_t number_chunks(const ChunkedAttentionParams& params, int64_t head_begin,
                           int64_t head_count, int32_t* chunk_numbers, cudaStream_t stream) {
-  const int64_t rows = head_count * params.rounds * params.length;
-  chunk_numbers_kernel<<<blocks_for(rows), kThreads, 0, stream>>>(params, head_begin, head_count,
-                                                                  chunk_numbers);
-  return cudaGetLastError();
+  const dim3 grid(blocks_for(params.length), static_cast<unsigned>(head_count));
+  return launch_overlapped(chunk_numbers_kernel, {grid, kThreads}, stream, params, head_begin,
+                           chunk_numbers);
 }
 
 cudaError_t forward_heads(const ChunkedAttentionParams& params, bool sm90, int64_t head_begin,

@@ -16,6 +16,10 @@ constexpr int kResidentBlocks = kHeadDim > 64        ? 2
                                                      : 4;
 constexpr int kLongestRun = 16;
 
+// Where there are registers for it, a chunk's rows leave while the next one's scores are computed.
+template <int kHeadDim>
+constexpr bool kStoresLate = kHeadDim > 64;
+
 template <typename Element>
 struct ForwardArgs {
   Rows q, v;
@@ -205,6 +209,20 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
   const float first_square = row_square<Element, kHeadDim>(shared.q[0][0], threadIdx.x);
   shared.key_scale[0][threadIdx.x / 2] = args.scale_log2 * inverse_norm(first_square);
 
+  constexpr int kColumns = kTileColumns<kHeadDim>;
+  PackedTile<kColumns> finished[kParts];  // output rows
+  Chunk last{};                           // theirs
+  const auto store_finished = [&](uint32_t n, Chunk chunk, uint32_t thread) {
+    const uint32_t warp = thread / 32, first_row = 16 * warp;
+    Element* out = partial_out + int64_t{chunk.round} * line.length * kHeadDim;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      store_rows<Element, kColumns, kHeadDim>(
+          finished[part], out + part * kColumns, &shared.position[n % kPositionSlots][first_row],
+          line.rows(chunk) - static_cast<int>(first_row), shared.staging[warp], thread);
+    }
+  };
+
   for (uint32_t n = 1; n <= steps; ++n) {
     const uint32_t thread = renewed(threadIdx.x);
     // The first of the thread's two rows; the other is 8 below.
@@ -233,6 +251,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
     multiply_abt<Element>(previous_scores, query,
                           tile_descriptor(shared_address(shared.q[previous])));
 
+    if (kStoresLate<kHeadDim> && n > 1) store_finished(n - 1, last, thread);
     int query_bounds[2];
     float squares[2], shifts[2], sums[2] = {0.0F, 0.0F};
     wgmma_wait<1>();
@@ -307,19 +326,18 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
       }
     }
     wgmma_wait<0>();
-    const uint32_t warp = thread / 32, first_row = 16 * warp;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      constexpr int kColumns = kTileColumns<kHeadDim>;
       pin(output[part]);
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) output[part][i / 4][i % 4] *= inverse_sums[i % 4 / 2];
-      store_rows<Element, kColumns, kHeadDim>(
-          output[part], partial_out + round_begin * kHeadDim + part * kColumns,
-          &positions[first_row], rows - first_row, shared.staging[warp], thread);
+      pack_tile<Element>(finished[part], output[part]);
     }
+    if constexpr (!kStoresLate<kHeadDim>) store_finished(n, chunk, thread);
+    last = chunk;
     chunk = line.next(chunk);
   }
+  if constexpr (kStoresLate<kHeadDim>) store_finished(steps, last, threadIdx.x);
 #endif
 }
 
