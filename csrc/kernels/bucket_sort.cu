@@ -5,7 +5,7 @@
 //     about 3000 buckets).
 //   - tiles: histograms of tiles, a scan over each segment's tiles, a stable scatter of every tile.
 //   - packed: two least-significant-digit passes of that kind over 32-bit records (up to 2^16
-//     buckets).
+//     buckets), whose scatter is bucket_sort_digit.cuh's.
 //   - wide: as many passes as the buckets have bytes, over 64-bit records. Any size.
 #include <cooperative_groups.h>
 
@@ -13,6 +13,7 @@
 #include <cstddef>
 
 #include "bucket_sort.h"
+#include "bucket_sort_digit.cuh"
 #include "bucket_sort_tile.cuh"
 
 namespace reformer::kernels {
@@ -22,9 +23,8 @@ namespace {
 constexpr int kClusterThreads = 1024, kMaxClusterItems = 32;  // items per thread
 constexpr int kMaxCluster = 8;                                // the portable cluster size
 constexpr int kMaxClusterTile = kClusterThreads * kMaxClusterItems;
-constexpr int kTileThreads = 512;
-constexpr int kOnePassItems = 32, kDigitPassItems = 16;
-constexpr int kDigitBits = 8;
+constexpr int kTileThreads = 512, kTileItems = 32;  // items per thread
+constexpr int kTile = kTileThreads * kTileItems;
 constexpr int64_t kPackedLength = int64_t{1} << 24;  // positions a packed record can hold
 constexpr int kPackedBuckets = 1 << 16;
 constexpr int64_t kWorkspaceTarget = int64_t{1} << 30;  // segments are sorted in groups that fit it
@@ -89,8 +89,8 @@ __global__ __launch_bounds__(kClusterLaunchBound) void cluster_kernel(const int3
   const Tile tile{begin, max(0, min(per_block, length - begin)),
                   ceil_div(per_block, kClusterThreads)};
   const BucketsToOrder pass{buckets + segment * length, order + segment * length, n_buckets};
-  sort_tile<BucketsToOrder, kClusterThreads, kItems, false>(pass, tile, n_buckets, shared,
-                                                            ClusterBinStarts{n_buckets});
+  sort_tile<BucketsToOrder, kClusterThreads, kItems>(pass, tile, n_buckets, shared,
+                                                     ClusterBinStarts{n_buckets});
   cluster.barrier_wait();  // no block may leave while others read its totals
 #endif
 }
@@ -119,46 +119,57 @@ cudaError_t cluster_sort(const BucketSortParams& params, int cluster, cudaStream
 
 // ---- Tiles: one pass of histogram, scan and scatter
 
-template <int kItems>
-__device__ __forceinline__ Tile tile_at(int64_t index, int64_t length) {
-  constexpr int kTile = kTileThreads * kItems;
-  const int64_t begin = index * kTile;
-  const int64_t left = length - begin;
-  return {begin, left < kTile ? static_cast<int>(left) : kTile, kItems};
-}
+// The tile of a block.
+struct TileIndex {
+  int segment, tile;
 
-// histograms: [segments, tiles, bins]
-template <class MakePass, int kItems>
-__global__ __launch_bounds__(kTileThreads) void histogram_kernel(MakePass make_pass,
-                                                                 uint32_t* histograms,
-                                                                 int64_t length, int tiles,
-                                                                 int bins) {
+  __device__ explicit TileIndex(int tiles)
+      : segment(blockIdx.x / tiles), tile(blockIdx.x % tiles) {}
+  __device__ int64_t begin(int items) const { return int64_t{tile} * items; }
+  __device__ int count(int items, int64_t length) const {
+    const int64_t left = length - begin(items);
+    return left < items ? static_cast<int>(left) : items;
+  }
+  __device__ int64_t row() const { return int64_t{blockIdx.x} + segment; }  // tiles + 1 a segment
+};
+
+// histograms: [segments, tiles + 1, bins]; the last row is scan_kernel's.
+constexpr int kHistogramThreads = 512;
+template <class MakePass>
+__global__ __launch_bounds__(kHistogramThreads) void histogram_kernel(MakePass make_pass,
+                                                                      uint32_t* histograms,
+                                                                      int64_t length, int tiles,
+                                                                      int bins) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   extern __shared__ __align__(16) uint32_t counts[];
-  const auto pass = make_pass(blockIdx.x / tiles);
-  const Tile tile = tile_at<kItems>(blockIdx.x % tiles, length);
-  for (int bin = threadIdx.x; bin < bins; bin += kTileThreads) counts[bin] = 0;
+  const TileIndex index(tiles);
+  const auto pass = make_pass(index.segment);
+  const int64_t begin = index.begin(MakePass::kTile);
+  const int count = index.count(MakePass::kTile, length);
+  const typename MakePass::Pass::Input* from = pass.input + begin;
+  forget_uses(from);  // or every load computes it anew
+  for (int bin = threadIdx.x; bin < bins; bin += kHistogramThreads) counts[bin] = 0;
   __syncthreads();
 #pragma unroll 8
-  for (int item = threadIdx.x; item < tile.count; item += kTileThreads) {
-    atomicAdd(
-        counts + pass.digit(static_cast<typename MakePass::Key>(pass.load(tile.begin + item))), 1u);
+  for (int item = threadIdx.x; item < count; item += kHistogramThreads) {
+    atomicAdd(counts + pass.digit(pass.key(__ldg(from + item), begin + item)), 1u);
   }
   __syncthreads();
-  uint32_t* out = histograms + int64_t{blockIdx.x} * bins;
-  for (int bin = threadIdx.x; bin < bins; bin += kTileThreads) out[bin] = counts[bin];
+  uint32_t* out = histograms + index.row() * bins;
+  for (int bin = threadIdx.x; bin < bins; bin += kHistogramThreads) out[bin] = counts[bin];
 }
 
-// In place: from a tile's count of a bin to the bin's first slot of that tile in the segment. The
-// threads are `rows` rows of `columns`: a column is a bin, a row a share of the tiles.
+// In place: from a tile's count of a bin to the bin's first slot of that tile in the segment; the
+// row after the last tile's tells where the bins end. The threads are `rows` rows of `columns`: a
+// column is a bin, a row a share of the tiles.
 constexpr int kScanThreads = 1024;
 __global__ __launch_bounds__(kScanThreads) void scan_kernel(uint32_t* histograms, int tiles,
                                                             int bins, int columns) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   __shared__ uint32_t sums[kScanThreads], first_slot[kScanThreads], scratch[kScratchWords];
-  uint32_t* segment = histograms + int64_t{blockIdx.x} * tiles * bins;
+  uint32_t* segment = histograms + int64_t{blockIdx.x} * (tiles + 1) * bins;
   const int rows = kScanThreads / columns, row = threadIdx.x / columns,
             column = threadIdx.x % columns;
   const int per_row = ceil_div(tiles, rows);
@@ -192,6 +203,7 @@ __global__ __launch_bounds__(kScanThreads) void scan_kernel(uint32_t* histograms
         counts[int64_t{tile} * bins] = slot;
         slot += count;
       }
+      if (row == rows - 1) counts[int64_t{tiles} * bins] = slot;
     }
   }
 }
@@ -216,24 +228,36 @@ struct ScannedBinStarts {
   }
 };
 
-template <class MakePass, int kItems, bool kBallots>
+template <class MakePass>
 __global__ __launch_bounds__(kTileThreads,
                              2) void scatter_kernel(MakePass make_pass, const uint32_t* slots,
                                                     int64_t length, int tiles, int bins) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   extern __shared__ __align__(16) uint32_t shared[];
-  const auto pass = make_pass(blockIdx.x / tiles);
-  const Tile tile = tile_at<kItems>(blockIdx.x % tiles, length);
-  const ScannedBinStarts bin_starts{slots + int64_t{blockIdx.x} * bins, bins};
-  sort_tile<typename MakePass::Pass, kTileThreads, kItems, kBallots>(pass, tile, bins, shared,
-                                                                     bin_starts);
+  const TileIndex index(tiles);
+  const auto pass = make_pass(index.segment);
+  const Tile tile{index.begin(kTile), index.count(kTile, length), kTileItems};
+  const ScannedBinStarts bin_starts{slots + index.row() * bins, bins};
+  sort_tile<typename MakePass::Pass, kTileThreads, kTileItems>(pass, tile, bins, shared,
+                                                               bin_starts);
+}
+
+template <class MakePass>
+__global__ __launch_bounds__(kDigitThreads, kDigitBlocks) void digit_scatter_kernel(
+    MakePass make_pass, const uint32_t* slots, int64_t length, int tiles, int bins) {
+  wait_for_previous_kernel();  // the next one waits as well: see let_next_kernel_start
+  extern __shared__ __align__(16) uint32_t shared[];
+  const TileIndex index(tiles);
+  sort_tile_by_digit(make_pass(index.segment), index.begin(MakePass::kTile),
+                     index.count(MakePass::kTile, length), bins, slots + index.row() * bins,
+                     shared);
 }
 
 // The passes of a segment, by its number.
 struct MakeBucketsToOrder {
   using Pass = BucketsToOrder;
-  using Key = uint32_t;
+  static constexpr int kTile = sort::kTile;
   const int32_t* buckets;
   int32_t* order;
   int64_t length;
@@ -244,7 +268,7 @@ struct MakeBucketsToOrder {
 };
 struct MakeBucketsToPacked {
   using Pass = BucketsToPacked;
-  using Key = uint32_t;
+  static constexpr int kTile = kDigitTile<Pass>;
   const int32_t* buckets;
   uint32_t* records;
   int64_t length;
@@ -255,7 +279,7 @@ struct MakeBucketsToPacked {
 };
 struct MakePackedToOrder {
   using Pass = PackedToOrder;
-  using Key = uint32_t;
+  static constexpr int kTile = kDigitTile<Pass>;
   const uint32_t* records;
   int32_t* order;
   int64_t length;
@@ -267,50 +291,53 @@ struct MakePackedToOrder {
 template <bool kFirst, bool kLast>
 struct MakeWidePass {
   using Pass = WidePass<kFirst, kLast>;
-  using Key = uint64_t;
-  const int32_t* buckets;
-  const uint64_t* records_in;
-  uint64_t* records_out;
-  int32_t* order;
+  static constexpr int kTile = kDigitTile<Pass>;
+  const typename Pass::Input* input;
+  typename Pass::Output* output;
   int64_t length;
   int n_buckets, digit_shift, digit_bits;
   __device__ Pass operator()(int64_t segment) const {
-    const int64_t first = segment * length;
-    return {buckets + first, records_in + first, records_out + first, order + first,
-            n_buckets,       digit_shift,        digit_bits};
+    return {input + segment * length, output + segment * length, n_buckets, digit_shift,
+            digit_bits};
   }
 };
 
-int tiles_of(int64_t length, int items) {
-  return static_cast<int>(ceil_div<int64_t>(length, kTileThreads * items));
-}
+int tiles_of(int64_t length, int tile) { return static_cast<int>(ceil_div<int64_t>(length, tile)); }
 
-template <int kItems, bool kBallots, class MakePass>
-cudaError_t run_pass(const MakePass& make_pass, uint32_t* histograms, int64_t segments,
-                     int64_t length, int bins, cudaStream_t stream) {
-  const int tiles = tiles_of(length, kItems);
-  const int64_t blocks = segments * tiles;
+// A pass whose scatter runs in blocks of `threads` with `scatter_bytes` of shared memory.
+template <class MakePass>
+cudaError_t run_pass(const MakePass& make_pass,
+                     void (*scatter)(MakePass, const uint32_t*, int64_t, int, int), int threads,
+                     int scatter_bytes, uint32_t* histograms, const BucketSortParams& params,
+                     int bins, cudaStream_t stream) {
+  const int tiles = tiles_of(params.length, MakePass::kTile);
+  const int64_t blocks = params.segments * tiles;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  const dim3 grid(static_cast<unsigned>(blocks)), segment_grid(static_cast<unsigned>(segments));
-  const int staged =
-      kTileThreads * kItems * static_cast<int>(sizeof(typename MakePass::Pass::Word));
-  const int bytes = TileMemory(kTileThreads / 32, staged, bins).bytes();
-  const auto scatter = scatter_kernel<MakePass, kItems, kBallots>;
+  const dim3 grid(static_cast<unsigned>(blocks)),
+      segment_grid(static_cast<unsigned>(params.segments));
   cudaError_t error =
-      cudaFuncSetAttribute(scatter, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      cudaFuncSetAttribute(scatter, cudaFuncAttributeMaxDynamicSharedMemorySize, scatter_bytes);
   if (error != cudaSuccess) return error;
   int columns = 32;
   while (columns < bins && columns < kScanThreads) columns *= 2;
 
-  error = launch_overlapped(histogram_kernel<MakePass, kItems>,
-                            {grid, kTileThreads, bins * int64_t{sizeof(uint32_t)}}, stream,
-                            make_pass, histograms, length, tiles, bins);
+  error = launch_overlapped(histogram_kernel<MakePass>,
+                            {grid, kHistogramThreads, bins * int64_t{sizeof(uint32_t)}}, stream,
+                            make_pass, histograms, params.length, tiles, bins);
   if (error != cudaSuccess) return error;
   error = launch_overlapped(scan_kernel, {segment_grid, kScanThreads}, stream, histograms, tiles,
                             bins, columns);
   if (error != cudaSuccess) return error;
-  return launch_overlapped(scatter, {grid, kTileThreads, bytes}, stream, make_pass, histograms,
-                           length, tiles, bins);
+  return launch_overlapped(scatter, {grid, threads, scatter_bytes}, stream, make_pass, histograms,
+                           params.length, tiles, bins);
+}
+
+template <class MakePass>
+cudaError_t run_digit_pass(const MakePass& make_pass, uint32_t* histograms,
+                           const BucketSortParams& params, int digit_bits, cudaStream_t stream) {
+  const int bins = 1 << digit_bits;
+  return run_pass(make_pass, digit_scatter_kernel<MakePass>, kDigitThreads,
+                  DigitMemory(bins).bytes(), histograms, params, bins, stream);
 }
 
 // ---- Choice
@@ -319,8 +346,8 @@ enum class Method { cluster, tiles, packed, wide };
 
 struct Plan {
   Method method;
-  int cluster;  // blocks per segment
-  int passes, digit_bits;
+  int cluster;                            // blocks per segment
+  int passes, bits, digit_bits;           // of the buckets and of a pass
   int64_t group;                          // segments sorted together: they share the workspace
   int64_t histogram_bytes, record_bytes;  // per segment and buffer
   int record_buffers;
@@ -345,14 +372,15 @@ int64_t cluster_cost(const BucketSortParams& params, int cluster, int multiproce
          (ceil_div<int64_t>(params.length, cluster) + kBlockStart);
 }
 int64_t tiles_cost(const BucketSortParams& params, int multiprocessors) {
-  constexpr int64_t kLaunches = 6000, kTile = kTileThreads * kOnePassItems;
-  return kLaunches + std::max(kTile, params.segments * params.length / multiprocessors) * 5 / 4;
+  constexpr int64_t kLaunches = 6000;
+  return kLaunches +
+         std::max<int64_t>(kTile, params.segments * params.length / multiprocessors) * 5 / 4;
 }
 
-Plan plan_tiles(const BucketSortParams& params, Method method, int passes, int items, int64_t bins,
+Plan plan_tiles(const BucketSortParams& params, Method method, int passes, int tile, int64_t bins,
                 int record_bytes) {
-  Plan plan{method, 0, passes, 0, 0, 0, 0, 0};
-  plan.histogram_bytes = round_up<int64_t>(tiles_of(params.length, items) * bins * 4, 256);
+  Plan plan{method, 0, passes, 0, 0, 0, 0, 0, 0};
+  plan.histogram_bytes = round_up<int64_t>((tiles_of(params.length, tile) + 1) * bins * 4, 256);
   plan.record_bytes = round_up<int64_t>(params.length * record_bytes, 256);
   plan.record_buffers = std::min(passes - 1, 2);
   const int64_t per_segment = plan.histogram_bytes + plan.record_buffers * plan.record_bytes;
@@ -371,7 +399,7 @@ cudaError_t make_plan(const BucketSortParams& params, Plan* plan) {
     return memory.bytes() <= traits.shared_memory;
   };
 
-  const bool tiles_fit = fits(kTileThreads, kOnePassItems);
+  const bool tiles_fit = fits(kTileThreads, kTileItems);
   if (traits.major >= 9 && has_body<cluster_kernel<kMaxClusterItems>>() &&
       fits(kClusterThreads, kMaxClusterItems)) {
     int best = 0;
@@ -385,56 +413,70 @@ cudaError_t make_plan(const BucketSortParams& params, Plan* plan) {
       }
     }
     if (best != 0 && params.segments * best <= INT32_MAX) {
-      *plan = Plan{Method::cluster, best, 1, 0, params.segments, 0, 0, 0};
+      *plan = Plan{Method::cluster, best, 1, 0, 0, params.segments, 0, 0, 0};
       return cudaSuccess;
     }
   }
   if (tiles_fit) {
-    *plan = plan_tiles(params, Method::tiles, 1, kOnePassItems, params.n_buckets, 0);
+    *plan = plan_tiles(params, Method::tiles, 1, kTile, params.n_buckets, 0);
     return cudaSuccess;
   }
   const int bits = bits_of(params.n_buckets);
   const bool packed = params.n_buckets <= kPackedBuckets && params.length <= kPackedLength;
-  const int passes = packed ? 2 : ceil_div(bits, kDigitBits);
+  const int passes = packed ? 2 : ceil_div(bits, kMaxDigitBits);
   const int digit_bits = ceil_div(bits, passes);
-  *plan = plan_tiles(params, packed ? Method::packed : Method::wide, passes, kDigitPassItems,
-                     int64_t{1} << digit_bits, packed ? 4 : 8);
+  const int64_t bins = int64_t{1} << digit_bits;
+  *plan = packed
+              ? plan_tiles(params, Method::packed, passes, MakePackedToOrder::kTile, bins, 4)
+              : plan_tiles(params, Method::wide, passes, MakeWidePass<true, true>::kTile, bins, 8);
+  plan->bits = bits;
   plan->digit_bits = digit_bits;
   return cudaSuccess;
 }
 
-// ---- The least-significant-digit sorts of one group of segments
+// ---- The sorts of one group of segments
+
+cudaError_t tiles_sort(const BucketSortParams& params, cudaStream_t stream) {
+  const int n_buckets = static_cast<int>(params.n_buckets);
+  const int bytes = TileMemory(kTileThreads / 32, kTile * int{sizeof(uint32_t)}, n_buckets).bytes();
+  return run_pass(MakeBucketsToOrder{params.buckets, params.order, params.length, n_buckets},
+                  scatter_kernel<MakeBucketsToOrder>, kTileThreads, bytes,
+                  static_cast<uint32_t*>(params.workspace), params, n_buckets, stream);
+}
 
 cudaError_t packed_sort(const BucketSortParams& params, const Plan& plan, cudaStream_t stream) {
   auto* histograms = static_cast<uint32_t*>(params.workspace);
   auto* records = reinterpret_cast<uint32_t*>(static_cast<std::byte*>(params.workspace) +
                                               params.segments * plan.histogram_bytes);
-  const int n_buckets = static_cast<int>(params.n_buckets), bins = 1 << plan.digit_bits;
-  const cudaError_t error = run_pass<kDigitPassItems, true>(
-      MakeBucketsToPacked{params.buckets, records, params.length, n_buckets, plan.digit_bits},
-      histograms, params.segments, params.length, bins, stream);
+  const cudaError_t error =
+      run_digit_pass(MakeBucketsToPacked{params.buckets, records, params.length,
+                                         static_cast<int>(params.n_buckets), plan.digit_bits},
+                     histograms, params, plan.digit_bits, stream);
   if (error != cudaSuccess) return error;
-  return run_pass<kDigitPassItems, true>(
-      MakePackedToOrder{records, params.order, params.length, plan.digit_bits}, histograms,
-      params.segments, params.length, bins, stream);
+  const int high_bits = std::max(1, plan.bits - plan.digit_bits);
+  return run_digit_pass(MakePackedToOrder{records, params.order, params.length, high_bits},
+                        histograms, params, high_bits, stream);
 }
 
 template <bool kFirst, bool kLast>
 cudaError_t wide_pass(const BucketSortParams& params, const Plan& plan, int pass,
                       cudaStream_t stream) {
   auto* base = static_cast<std::byte*>(params.workspace);
-  const auto buffer = [&](int index) {
-    return reinterpret_cast<uint64_t*>(
-        base + params.segments * (plan.histogram_bytes + index * plan.record_bytes));
-  };
   // Passes alternate between the buffers; with one pass or two, the second buffer is not touched.
-  const MakeWidePass<kFirst, kLast> make_pass{
-      params.buckets,         buffer((pass + 1) % 2), buffer(pass % 2),
-      params.order,           params.length,          static_cast<int>(params.n_buckets),
-      pass * plan.digit_bits, plan.digit_bits};
-  return run_pass<kDigitPassItems, true>(make_pass, reinterpret_cast<uint32_t*>(base),
-                                         params.segments, params.length, 1 << plan.digit_bits,
-                                         stream);
+  const auto buffer = [&](int index) {
+    return base + params.segments * (plan.histogram_bytes + index % 2 * plan.record_bytes);
+  };
+  using MakePass = MakeWidePass<kFirst, kLast>;
+  const void* input = kFirst ? static_cast<const void*>(params.buckets) : buffer(pass + 1);
+  void* output = kLast ? static_cast<void*>(params.order) : buffer(pass);
+  const MakePass make_pass{static_cast<const typename MakePass::Pass::Input*>(input),
+                           static_cast<typename MakePass::Pass::Output*>(output),
+                           params.length,
+                           static_cast<int>(params.n_buckets),
+                           pass * plan.digit_bits,
+                           plan.digit_bits};
+  return run_digit_pass(make_pass, reinterpret_cast<uint32_t*>(base), params, plan.digit_bits,
+                        stream);
 }
 
 cudaError_t wide_sort(const BucketSortParams& params, const Plan& plan, cudaStream_t stream) {
@@ -477,11 +519,7 @@ cudaError_t bucket_sort(const BucketSortParams& params, cudaStream_t stream) {
     group.segments = std::min(plan.group, params.segments - first);
     switch (plan.method) {
       case Method::tiles:
-        error = sort::run_pass<sort::kOnePassItems, false>(
-            sort::MakeBucketsToOrder{group.buckets, group.order, group.length,
-                                     static_cast<int>(group.n_buckets)},
-            static_cast<uint32_t*>(group.workspace), group.segments, group.length,
-            static_cast<int>(group.n_buckets), stream);
+        error = sort::tiles_sort(group, stream);
         break;
       case Method::packed:
         error = sort::packed_sort(group, plan, stream);

@@ -1,4 +1,5 @@
-// Stable counting sort of one tile of a segment by one digit, in shared memory. A block
+// Stable counting sort of one tile of a segment by a digit of many values (the bucket itself), in
+// shared memory. A block
 //
 //   - ranks every item among its warp's items of the same digit, every warp counting for itself;
 //   - sums each bin's counts over the warps: exclusive prefixes in place, and the block's total;
@@ -49,54 +50,20 @@ class PackedU16 {
     uint32_t& word = words_[i / 2];
     word = i % 2 == 0 ? __byte_perm(word, value, 0x3254) : __byte_perm(word, value, 0x5410);
   }
+  // The upper or the lower half of value.
+  __device__ __forceinline__ void set_half(int i, uint32_t value, bool upper) {
+    uint32_t& word = words_[i / 2];
+    word = i % 2 == 0 ? __byte_perm(word, value, upper ? 0x3276 : 0x3254)
+                      : __byte_perm(word, value, upper ? 0x7610 : 0x5410);
+  }
 
  private:
   uint32_t words_[(kCount + 1) / 2] = {};
 };
 
-template <typename T, int kCount>
-class Unpacked {
- public:
-  __device__ __forceinline__ T operator[](int i) const { return values_[i]; }
-  __device__ __forceinline__ void set(int i, T value) { values_[i] = value; }
-
- private:
-  T values_[kCount];
-};
-
 // ---- Ranks within a warp. counts: the warp's own counters, one per bin, kept up to date.
 
-// The lanes that hold the same digit of kMaxBits or fewer bits, by one ballot per bit.
-template <int kMaxBits>
-__device__ __forceinline__ uint32_t lanes_with_same_digit(uint32_t digit, int bits) {
-  uint32_t same = kAllLanes;
-#pragma unroll
-  for (int bit = 0; bit < kMaxBits; ++bit) {
-    if (bit >= bits) break;
-    // Four instructions; plain C++ makes six.
-    asm volatile(
-        "{.reg .pred set; .reg .b32 vote;"
-        " and.b32 vote, %1, %2; setp.ne.u32 set, vote, 0; vote.sync.ballot.b32 vote, set, "
-        "0xffffffff;"
-        " @!set not.b32 vote, vote; and.b32 %0, %0, vote;}"
-        : "+r"(same)
-        : "r"(digit), "r"(1u << bit));
-  }
-  return same;
-}
-
-__device__ __forceinline__ uint32_t rank_by_ballots(uint16_t* counts, uint32_t digit, int bits,
-                                                    bool valid) {
-  const uint32_t before = (1u << (threadIdx.x % 32)) - 1;
-  const uint32_t same = lanes_with_same_digit<8>(digit, bits) & __ballot_sync(kAllLanes, valid);
-  const uint32_t counted = valid ? counts[digit] : 0;
-  __syncwarp();
-  if (valid && (same & before) == 0) counts[digit] = static_cast<uint16_t>(counted + __popc(same));
-  __syncwarp();
-  return counted + __popc(same & before);
-}
-
-// For many bins, where lanes seldom share one: count by atomics, whose order is arbitrary among the
+// Lanes seldom share one of many bins: count by atomics, whose order is arbitrary among the
 // lanes that do share a bin; those are then ranked group by group.
 __device__ __forceinline__ uint32_t rank_by_atomics(uint32_t* counts, uint32_t digit, bool valid) {
   const uint32_t before = (1u << (threadIdx.x % 32)) - 1;
@@ -185,10 +152,10 @@ struct Tile {
   __device__ int first_of_warp() const { return static_cast<int>(threadIdx.x / 32) * steps * 32; }
 };
 
-// Sorts one tile. Pass tells what an item is (load), its digit, the word that stands for it while
-// staged (stage, digit_of) and where it goes (store). bin_starts(totals, starts, shifts) fills
-// starts and shifts.
-template <class Pass, int kThreads, int kItems, bool kBallots, class BinStarts>
+// Sorts one tile. Pass tells what an item is (input, key), its digit, the word that stands for it
+// while staged (stage, digit_of) and where it goes (store). bin_starts(totals, starts, shifts)
+// fills starts and shifts.
+template <class Pass, int kThreads, int kItems, class BinStarts>
 __device__ __forceinline__ void sort_tile(const Pass& pass, const Tile& tile, int bins,
                                           uint32_t* shared, const BinStarts& bin_starts) {
   constexpr int kWarps = kThreads / 32;
@@ -199,11 +166,13 @@ __device__ __forceinline__ void sort_tile(const Pass& pass, const Tile& tile, in
   uint16_t* counts = reinterpret_cast<uint16_t*>(shared) + warp * memory.counts_stride;
 
   clear_counts(shared, memory, kWarps);
-  typename Pass::template Keys<kItems> keys;
+  PackedU16<kItems> keys;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int item = first + 32 * i;
-    keys.set(i, i < tile.steps && item < tile.count ? pass.load(tile.begin + item) : 0);
+    keys.set(i, i < tile.steps && item < tile.count
+                    ? pass.key(__ldg(pass.input + tile.begin + item), tile.begin + item)
+                    : 0);
   }
   __syncthreads();
 
@@ -213,8 +182,7 @@ __device__ __forceinline__ void sort_tile(const Pass& pass, const Tile& tile, in
     if (i >= tile.steps) break;
     const bool valid = first + 32 * i < tile.count;
     const uint32_t digit = pass.digit(keys[i]);
-    ranks.set(i, kBallots ? rank_by_ballots(counts, digit, pass.digit_bits, valid)
-                          : rank_by_atomics(reinterpret_cast<uint32_t*>(counts), digit, valid));
+    ranks.set(i, rank_by_atomics(reinterpret_cast<uint32_t*>(counts), digit, valid));
   }
   __syncthreads();
   prefix_over_warps<kWarps>(shared, memory);
@@ -244,102 +212,28 @@ __device__ __forceinline__ void sort_tile(const Pass& pass, const Tile& tile, in
   }
 }
 
-// ---- Passes: what is sorted, by which digit, into what. Pointers are the segment's.
+// ---- The pass: what is sorted, by which digit, into what. Pointers are the segment's.
 
 // An out-of-range bucket counts as the nearest one in range.
-__device__ __forceinline__ uint32_t load_bucket(const int32_t* buckets, int64_t i, int n_buckets) {
-  return static_cast<uint32_t>(min(max(__ldg(buckets + i), 0), n_buckets - 1));
+__device__ __forceinline__ uint32_t clamp_bucket(int32_t bucket, int n_buckets) {
+  return static_cast<uint32_t>(min(max(bucket, 0), n_buckets - 1));
 }
 
 // Buckets below 2^16 to positions in one pass; the digit is the bucket itself.
 struct BucketsToOrder {
+  using Input = int32_t;
   using Word = uint32_t;  // bucket, index in the tile (16 bits each)
-  template <int kCount>
-  using Keys = PackedU16<kCount>;
 
-  const int32_t* buckets;
+  const int32_t* input;
   int32_t* order;
   int n_buckets;
-  static constexpr int digit_bits = 0;  // ranked by atomics
 
-  __device__ uint32_t load(int64_t i) const { return load_bucket(buckets, i, n_buckets); }
+  __device__ uint32_t key(int32_t bucket, int64_t) const { return clamp_bucket(bucket, n_buckets); }
   __device__ uint32_t digit(uint32_t bucket) const { return bucket; }
   __device__ Word stage(uint32_t bucket, int64_t, int item) const { return bucket << 16 | item; }
   __device__ uint32_t digit_of(Word word) const { return word >> 16; }
   __device__ void store(uint32_t slot, Word word, int64_t begin) const {
     order[slot] = static_cast<int32_t>(begin + (word & 0xffff));
-  }
-};
-
-// First of two passes: buckets below 2^16 by their low digit to records: high digit (8 bits),
-// position (24).
-struct BucketsToPacked {
-  using Word = uint32_t;
-  template <int kCount>
-  using Keys = PackedU16<kCount>;
-
-  const int32_t* buckets;
-  uint32_t* records;
-  int n_buckets, digit_bits;
-
-  __device__ uint32_t load(int64_t i) const { return load_bucket(buckets, i, n_buckets); }
-  __device__ uint32_t digit(uint32_t bucket) const { return bucket & ((1u << digit_bits) - 1); }
-  __device__ Word stage(uint32_t bucket, int64_t, int item) const { return bucket << 16 | item; }
-  __device__ uint32_t digit_of(Word word) const { return digit(word >> 16); }
-  __device__ void store(uint32_t slot, Word word, int64_t begin) const {
-    const uint32_t high_digit = word >> 16 >> digit_bits;
-    records[slot] = high_digit << 24 | static_cast<uint32_t>(begin + (word & 0xffff));
-  }
-};
-
-// Second of two passes: by the high digit to positions.
-struct PackedToOrder {
-  using Word = uint32_t;
-  template <int kCount>
-  using Keys = Unpacked<uint32_t, kCount>;
-
-  const uint32_t* records;
-  int32_t* order;
-  int digit_bits;
-
-  __device__ uint32_t load(int64_t i) const { return __ldg(records + i); }
-  __device__ uint32_t digit(uint32_t record) const { return record >> 24; }
-  __device__ Word stage(uint32_t record, int64_t, int) const { return record; }
-  __device__ uint32_t digit_of(Word word) const { return word >> 24; }
-  __device__ void store(uint32_t slot, Word word, int64_t) const {
-    order[slot] = static_cast<int32_t>(word & 0xffffff);
-  }
-};
-
-// Any number of passes: records of bucket and position, 32 bits each. The first pass reads the
-// buckets, the last one writes the positions.
-template <bool kFirst, bool kLast>
-struct WidePass {
-  using Word = uint64_t;
-  template <int kCount>
-  using Keys = Unpacked<uint64_t, kCount>;
-
-  const int32_t* buckets;
-  const uint64_t* records_in;
-  uint64_t* records_out;
-  int32_t* order;
-  int n_buckets, digit_shift, digit_bits;
-
-  __device__ uint64_t load(int64_t i) const {
-    if (!kFirst) return __ldg(reinterpret_cast<const unsigned long long*>(records_in) + i);
-    return uint64_t{load_bucket(buckets, i, n_buckets)} << 32 | static_cast<uint32_t>(i);
-  }
-  __device__ uint32_t digit(uint64_t record) const {
-    return static_cast<uint32_t>(record >> 32 >> digit_shift) & ((1u << digit_bits) - 1);
-  }
-  __device__ Word stage(uint64_t record, int64_t, int) const { return record; }
-  __device__ uint32_t digit_of(Word word) const { return digit(word); }
-  __device__ void store(uint32_t slot, Word word, int64_t) const {
-    if (kLast) {
-      order[slot] = static_cast<int32_t>(static_cast<uint32_t>(word));
-    } else {
-      records_out[slot] = word;
-    }
   }
 };
 

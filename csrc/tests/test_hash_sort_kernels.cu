@@ -1,5 +1,6 @@
 // The launchers of lsh_hash and bucket_sort on raw buffers against loops on the host.
-// "small" as argument: small sizes only, for compute-sanitizer.
+// "small" as argument: small sizes only, for compute-sanitizer. "sort": bucket_sort only. "time":
+// times bucket_sort instead.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -11,6 +12,7 @@
 #include <cstdlib>
 #include <iterator>
 #include <limits>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -105,7 +107,7 @@ bool is_stable_order(const std::vector<int32_t>& order, const std::vector<int32_
   return true;
 }
 
-enum class Fill { uniform, one_bucket, skewed, out_of_range };
+enum class Fill { uniform, one_bucket, skewed, out_of_range, sorted, reversed };
 
 std::vector<int32_t> random_buckets(int64_t count, int64_t n_buckets, Fill fill, uint32_t seed) {
   std::mt19937 generator(seed);
@@ -117,6 +119,9 @@ std::vector<int32_t> random_buckets(int64_t count, int64_t n_buckets, Fill fill,
     if (fill == Fill::one_bucket) bucket = static_cast<int32_t>(n_buckets / 2);
     if (fill == Fill::skewed && word >> 30 != 0) bucket = static_cast<int32_t>(bucket % few);
     if (fill == Fill::out_of_range && word >> 29 == 0) bucket = static_cast<int32_t>(generator());
+    const int64_t rising = (&bucket - buckets.data()) * n_buckets / count;
+    if (fill == Fill::sorted) bucket = static_cast<int32_t>(rising);
+    if (fill == Fill::reversed) bucket = static_cast<int32_t>(n_buckets - 1 - rising);
   }
   return buckets;
 }
@@ -146,6 +151,44 @@ void test_sort(int64_t segments, int64_t length, int64_t n_buckets, Fill fill) {
   cuda_check(cudaDeviceSynchronize(), name.c_str());
   expect(is_stable_order(order.get<int32_t>(), host, length, n_buckets), name + ": wrong order");
   expect(order.guards_kept() && workspace.guards_kept(), name + ": wrote out of bounds");
+}
+
+// Medians of the time of one sort of 64 segments, and the bytes of input and output at that time.
+void time_sort(int64_t length, int64_t n_buckets, Fill fill) {
+  constexpr int kInputs = 3, kSorts = 6, kRepeats = 15;
+  constexpr int64_t kSegments = 64;
+  std::vector<std::unique_ptr<Buffer>> inputs;
+  for (int i = 0; i < kInputs; ++i) {
+    inputs.push_back(
+        std::make_unique<Buffer>(random_buckets(kSegments * length, n_buckets, fill, i)));
+  }
+  const Buffer order(kSegments * length * sizeof(int32_t));
+  BucketSortParams params = sort_params(*inputs[0], order, kSegments, length, n_buckets);
+  const Buffer workspace(reformer::kernels::bucket_sort_workspace(params));
+  params.workspace = workspace.data();
+  cudaEvent_t start = nullptr, stop = nullptr;
+  cuda_check(cudaEventCreate(&start), "event");
+  cuda_check(cudaEventCreate(&stop), "event");
+  std::vector<float> times;
+  for (int repeat = 0; repeat <= kRepeats; ++repeat) {
+    cuda_check(cudaEventRecord(start), "event");
+    for (int i = 0; i < kSorts; ++i) {
+      params.buckets = inputs[i % kInputs]->data<int32_t>();
+      cuda_check(reformer::kernels::bucket_sort(params, nullptr), "bucket_sort");
+    }
+    cuda_check(cudaEventRecord(stop), "event");
+    cuda_check(cudaEventSynchronize(stop), "timed sort");
+    float ms = 0.0f;
+    cuda_check(cudaEventElapsedTime(&ms, start, stop), "event");
+    if (repeat > 0) times.push_back(ms / kSorts);  // the first one warms up
+  }
+  std::sort(times.begin(), times.end());
+  const float ms = times[times.size() / 2];
+  std::printf("bucket_sort 64 x %lld n_buckets=%lld fill=%d: %.4f ms (least %.4f), %.0f GB/s\n",
+              static_cast<long long>(length), static_cast<long long>(n_buckets),
+              static_cast<int>(fill), ms, times.front(), kSegments * length * 8 / (ms * 1e6));
+  cudaEventDestroy(start);
+  cudaEventDestroy(stop);
 }
 
 // ---- lsh_hash
@@ -399,9 +442,24 @@ void test_invalid_arguments() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool small = argc > 1 && std::string(argv[1]) == "small";
+  const std::string mode = argc > 1 ? argv[1] : "";
+  const bool small = mode == "small";
+  if (mode == "time") {
+    for (const int64_t length : {65536, 262144, 1048576}) {
+      time_sort(length, length / 32, Fill::uniform);
+    }
+    for (const Fill fill : {Fill::one_bucket, Fill::skewed, Fill::sorted, Fill::reversed}) {
+      time_sort(262144, 8192, fill);
+    }
+    // Both sides of the border between one pass and two.
+    for (const int64_t n_buckets : {2048, 4096, 6000}) {
+      time_sort(262144, n_buckets, Fill::uniform);
+    }
+    return 0;
+  }
 
-  for (const Fill fill : {Fill::uniform, Fill::one_bucket, Fill::skewed, Fill::out_of_range}) {
+  for (const Fill fill : {Fill::uniform, Fill::one_bucket, Fill::skewed, Fill::out_of_range,
+                          Fill::sorted, Fill::reversed}) {
     for (const int64_t n_buckets : {1, 2, 65, 513, 2049, 4097, 32769}) {
       for (const int64_t length : {1, 31, 1000, 4097}) test_sort(3, length, n_buckets, fill);
     }
@@ -415,8 +473,14 @@ int main(int argc, char** argv) {
     test_sort(8, 262144, 2049, fill);
     test_sort(40, 200001, 300, fill);
     test_sort(4, 300007, 32769, fill);
+    test_sort(5, 262144, 8192, fill);
+    test_sort(3, 262145, 8192, fill);
+    test_sort(2, 8192 * 3 + 4, 8192, fill);
+    test_sort(2, 1048576, 32768, fill);
+    test_sort(2, 1048573, 32768, fill);
   }
   if (!small) {
+    test_sort(64, 262144, 8192, Fill::uniform);
     test_sort(1, 5'000'011, 65536, Fill::uniform);
     test_sort(1, 5'000'011, (1 << 20) + 1, Fill::skewed);
     test_sort(1, (1 << 24) + 77, 3000, Fill::uniform);
@@ -424,6 +488,11 @@ int main(int argc, char** argv) {
     test_sort(18, 4'000'000, 70000, Fill::uniform);  // sorted in groups of segments
   }
   std::printf("bucket_sort done\n");
+  if (mode == "sort") {
+    test_graph();
+    std::printf("%s\n", failures == 0 ? "all passed" : "FAILED");
+    return failures == 0 ? 0 : 1;
+  }
 
   for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
     HashCase c{2, 3, 333, 64, 4, {32, 64}, dtype, dtype};
