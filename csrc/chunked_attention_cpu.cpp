@@ -278,8 +278,9 @@ REFORMER_INLINE Vector<T> dropout_factor(const Keys<T>& keys, const Query<T>& qu
   using Word = typename Lanes<T>::Word;
   constexpr Word low = 0xffffffffU;
   const WordVector<T> position = (WordVector<T>)load_integers<T>(keys.position + j);
-  const WordVector<T> word =
-      mix32_lanes<T>(((position * 0x9e3779b9U) & low) ^ static_cast<Word>(query.dropout_key));
+  const WordVector<T> word = ((mix32_lanes<T>((position * 0x9e3779b9U) & low) | 1) *
+                              static_cast<Word>(query.dropout_key)) &
+                             low;
   return word >= keys.dropout_threshold ? Vector<T>{} + keys.dropout_scale : Vector<T>{};
 }
 

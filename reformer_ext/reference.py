@@ -129,8 +129,9 @@ def dropout_keep(
     key = _mix32(key ^ ((seed >> 32) & 0xFFFFFFFF))
     key = _mix32(key ^ counter(batch * heads, batch, heads, 1, 1, 1))
     key = _mix32(key ^ counter(rounds, rounds, 1, 1))
-    key = _mix32(key ^ counter(length, length, 1))
-    word = _mix32(key ^ ((counter(length, length) * 0x9E3779B9) & 0xFFFFFFFF))
+    query_part = _mix32(key ^ counter(length, length, 1)) | 1
+    key_part = _mix32((counter(length, length) * 0x9E3779B9) & 0xFFFFFFFF) | 1
+    word = (query_part * key_part) & 0xFFFFFFFF
     return word >= min(int(p * 2**32), 2**32 - 1)
 
 

@@ -247,7 +247,8 @@ struct Sequence {
 
   // The factor of a pair's weight under dropout.
   __device__ __forceinline__ float dropout_factor(const Query& query, const Key& key) const {
-    return dropout_word(query.dropout_key, key.token) >= dropout_threshold ? dropout_scale : 0.0f;
+    const uint32_t word = dropout_word(query.dropout_key, dropout_key_part(key.token));
+    return word >= dropout_threshold ? dropout_scale : 0.0f;
   }
 
   // In how many slots, over all rounds, the windows of query i hold key j, same buckets only if

@@ -1,6 +1,7 @@
 // Which pairs of chunked attention with shared QK may attend, and which weights dropout keeps,
 // where more than positions decides: as bits in the places of the main kernels' scores. A kernel of
-// its own, as it keeps many more threads in flight than those.
+// its own, as it keeps many more threads in flight than those. Integer units bound it, which do
+// half of what the others can: what can be is done in floating point.
 #include "chunked_attention_sm90.cuh"
 #include "dropout.h"
 
@@ -30,31 +31,43 @@ constexpr int kRoundBatch = 8;
 struct ChunkRows {
   int key[kTileRows], query[kTileRows];  // for may_attend
   int bucket[kTileRows];
-  uint32_t key_part[kTileRows], query_part[kTileRows];  // for is_dropped
-  int chunk_numbers[1 + kRoundBatch][kTileRows];        // from the round before the batch on
+  uint32_t key_part[kTileRows], row_key[kTileRows];  // for dropout_word
+  float chunk_number[1 + kRoundBatch][kTileRows];    // from the round before the batch on
 };
 
-// The scores' rows and columns of one thread: its rows are upper_row and upper_row + 8, its columns
-// of group j are quad_column(j) and the one after.
-struct Place {
-  uint32_t upper_row, quad_column;
-  __device__ explicit Place(uint32_t thread)
-      : upper_row(thread / 32 * 16 + thread % 32 / 4), quad_column(thread % 4 * 2) {}
-};
-
-// Sets the bits of the pairs for which test(of_row, of_column) holds.
-template <typename T, typename Test>
-__device__ __forceinline__ void set_bits(uint32_t& bits, const T* of_rows, const T* of_columns,
-                                         const Place& place, Test test) {
-  const T rows[2] = {of_rows[place.upper_row], of_rows[place.upper_row + 8]};
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const T column = of_columns[8 * j + place.quad_column + e % 2];
-      if (test(rows[e / 2], column)) bits |= 1U << (4 * j + e);
-    }
+// A pair of the thread's part of a tile's scores: element [j][e] of the accumulator.
+template <bool kKeysInRows>
+struct Pair {
+  int key, query;  // rows of the chunks
+  __device__ __forceinline__ Pair(uint32_t thread, int j, int e) {
+    const auto row = static_cast<int>(thread / 32 * 16 + thread % 32 / 4 + 8 * (e / 2));
+    const auto column = static_cast<int>(8 * j + thread % 4 * 2 + e % 2);
+    key = kKeysInRows ? row : column;
+    query = kKeysInRows ? column : row;
   }
+};
+
+// Bits set one by one, as sums of powers of two in the mantissas of 2^23 and more.
+class Bits {
+ public:
+  __device__ __forceinline__ void set(int i) { halves_[i / 16] += static_cast<float>(1 << i % 16); }
+  __device__ __forceinline__ uint32_t word() const {
+    return __byte_perm(__float_as_uint(halves_[0]), __float_as_uint(halves_[1]), 0x5410);
+  }
+
+ private:
+  float halves_[2] = {1 << 23, 1 << 23};
+};
+
+// The bits of the pairs for which test(pair, 4 j + e) holds.
+template <bool kKeysInRows, typename Test>
+__device__ __forceinline__ uint32_t collect(uint32_t thread, Test test) {
+  Bits bits;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    if (test(Pair<kKeysInRows>(thread, i / 4, i % 4), i)) bits.set(i);
+  }
+  return bits.word();
 }
 
 template <bool kKeysInRows>
@@ -95,40 +108,34 @@ __global__ void __launch_bounds__(kPairThreads)
     const uint32_t head_key =
         dropout_head_key(static_cast<uint64_t>(*args.dropout_seed), static_cast<uint32_t>(head));
     const uint32_t round_key = dropout_round_key(head_key, static_cast<uint32_t>(own.round));
-    rows.query_part[row] =
-        dropout_query_part(dropout_row_key(round_key, static_cast<uint32_t>(token)));
+    rows.row_key[row] = dropout_row_key(round_key, static_cast<uint32_t>(token));
     rows.key_part[row] = dropout_key_part(static_cast<uint32_t>(token));
   }
   __syncthreads();
 
-  const Place place(threadIdx.x);
   const ChunkRows& queries = rows_of[kOwnKeys];
-  const auto set = [&](uint32_t& bits, const auto* of_keys, const auto* of_queries, auto test) {
-    if constexpr (kKeysInRows) {
-      set_bits(bits, of_keys, of_queries, place, test);
-    } else {
-      set_bits(bits, of_queries, of_keys, place,
-               [&](auto query, auto key) { return test(key, query); });
-    }
-  };
   PairBits bits[2] = {};
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) {
     const ChunkRows& keys = rows_of[tile];
-    if (args.causal) {
-      set(bits[tile].blocked, keys.key, queries.query,
-          [](int key, int query) { return !may_attend<true>(key, query); });
-    } else {
-      set(bits[tile].blocked, keys.key, queries.query,
-          [](int key, int query) { return !may_attend<false>(key, query); });
-    }
+    const auto blocked = [&](auto causal, auto by_bucket) {
+      return collect<kKeysInRows>(threadIdx.x, [&](auto pair, int) {
+        bool block = !may_attend<causal()>(keys.key[pair.key], queries.query[pair.query]);
+        if constexpr (by_bucket()) block |= keys.bucket[pair.key] != queries.bucket[pair.query];
+        return block;
+      });
+    };
+    const std::true_type yes;
+    const std::false_type no;
     if (args.buckets != nullptr) {
-      set(bits[tile].blocked, keys.bucket, queries.bucket,
-          [](int key, int query) { return key != query; });
+      bits[tile].blocked = args.causal ? blocked(yes, yes) : blocked(no, yes);
+    } else {
+      bits[tile].blocked = args.causal ? blocked(yes, no) : blocked(no, no);
     }
     if (args.dropout_seed != nullptr) {
-      set(bits[tile].dropped, keys.key_part, queries.query_part, [&](uint32_t key, uint32_t query) {
-        return is_dropped(query, key, args.dropout_threshold);
+      bits[tile].dropped = collect<kKeysInRows>(threadIdx.x, [&](auto pair, int) {
+        return dropout_word(queries.row_key[pair.query], keys.key_part[pair.key]) <
+               args.dropout_threshold;
       });
     }
   }
@@ -137,26 +144,42 @@ __global__ void __launch_bounds__(kPairThreads)
   const int earlier_rounds = chunk_numbers == nullptr ? 0 : own.round;
   for (int begin = 0; begin < earlier_rounds; begin += kRoundBatch) {
     const int count = min(kRoundBatch, earlier_rounds - begin);
-    bool in_first_chunk = false;  // its keys may be of another round
+    bool in_first_chunk = false;
     for (int i = 0; i <= count; ++i) {
       const int round = begin + i - 1;
       const int number = chunk_numbers[round < 0 ? line.rounds - 1 : round];
-      rows.chunk_numbers[i][row] = number;
+      rows.chunk_number[i][row] = static_cast<float>(number);
       in_first_chunk = in_first_chunk || (i > 0 && number == 0);
     }
+    // Whether queries were in a first chunk, which saw keys of the round before.
     const bool wraps = __syncthreads_or(line.wrap && tile == kOwnKeys && in_first_chunk) != 0;
-#pragma unroll 1
-    for (int i = 1; i <= count; ++i) {
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        const auto& keys = rows_of[tile].chunk_numbers;
-        set(bits[tile].blocked, keys[i], queries.chunk_numbers[i],
-            [](int key, int query) { return static_cast<uint32_t>(query - key) <= 1; });
-        if (wraps) {
-          set(bits[tile].blocked, keys[i - 1], queries.chunk_numbers[i],
-              [&](int key, int query) { return query == 0 && key == line.chunks_per_round - 1; });
+    for (int tile = 0; tile < 2; ++tile) {
+      const auto& of_keys = rows_of[tile].chunk_number;
+      const auto& of_queries = queries.chunk_number;
+      float apart[32];  // 0 for pairs that met
+#pragma unroll
+      for (float& x : apart) x = 1;
+#pragma unroll 1
+      for (int i = 1; i <= count; ++i) {
+#pragma unroll
+        for (int bit = 0; bit < 32; ++bit) {
+          const Pair<kKeysInRows> pair(threadIdx.x, bit / 4, bit % 4);
+          const float behind = of_queries[i][pair.query] - of_keys[i][pair.key];
+          apart[bit] *= __saturatef(behind * behind - behind);  // 0 where behind is 0 or 1
+        }
+        if (!wraps) continue;
+#pragma unroll
+        for (int bit = 0; bit < 32; ++bit) {
+          const Pair<kKeysInRows> pair(threadIdx.x, bit / 4, bit % 4);
+          const bool met =
+              of_queries[i][pair.query] == 0.0F &&
+              of_keys[i - 1][pair.key] == static_cast<float>(line.chunks_per_round - 1);
+          if (met) apart[bit] = 0;
         }
       }
+      bits[tile].blocked |=
+          collect<kKeysInRows>(threadIdx.x, [&](auto, int bit) { return apart[bit] == 0.0F; });
     }
     __syncthreads();
   }

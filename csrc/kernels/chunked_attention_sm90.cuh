@@ -173,7 +173,7 @@ inline Line make_line(const ChunkedAttentionParams& params) {
   return {static_cast<int>(params.length), static_cast<int>(params.rounds),
           static_cast<int>((params.length + kTileRows - 1) / kTileRows),
           // A bucket is one round's: keys sorted in another round are not of the same.
-          params.wrap && params.buckets == nullptr, params.mask_self};
+          params.wrap && (params.buckets == nullptr || params.rounds == 1), params.mask_self};
 }
 
 // Calls launch(Element{}, integral_constant<int, head_dim>, bool_constant<causal>) for one of the

@@ -34,40 +34,27 @@ REFORMER_HOST_DEVICE uint32_t dropout_round_key(uint32_t head_key, uint32_t roun
   return mix32(head_key ^ round);
 }
 REFORMER_HOST_DEVICE uint32_t dropout_row_key(uint32_t round_key, uint32_t query) {
-  return mix32(round_key ^ query);
+  return mix32(round_key ^ query) | 1U;
 }
 REFORMER_HOST_DEVICE uint32_t dropout_row_key(uint64_t seed, uint32_t head_index, uint32_t round,
                                               uint32_t query) {
   return dropout_row_key(dropout_round_key(dropout_head_key(seed, head_index), round), query);
 }
 
-// Uniform 32-bit word of the pair (row, key position).
-REFORMER_HOST_DEVICE uint32_t dropout_word(uint32_t row_key, uint32_t key_position) {
-  return mix32(row_key ^ (key_position * 0x9e3779b9U));
+REFORMER_HOST_DEVICE uint32_t dropout_key_part(uint32_t key_position) {
+  return mix32(key_position * 0x9e3779b9U) | 1U;
+}
+
+// Uniform 32-bit word of a pair, whose upper bits count: multiply-shift hashing of two odd words,
+// as there are many pairs of few queries and keys.
+REFORMER_HOST_DEVICE uint32_t dropout_word(uint32_t row_key, uint32_t key_part) {
+  return row_key * key_part;
 }
 
 // A pair is dropped when its word is below this threshold.
 REFORMER_HOST_DEVICE uint32_t dropout_threshold(double p) {
   const double scaled = p * 4294967296.0;
   return scaled >= 4294967295.0 ? 0xffffffffU : static_cast<uint32_t>(scaled);
-}
-
-// The same decision for queries and keys that meet many of the others: is_dropped of their parts
-// says whether dropout_word(row_key, key_position) < threshold. The first step of mix32 is linear,
-// so that it can be taken apart; of the last one, x ^ (x >> 16), the upper half is x's, and the
-// lower half counts only where the upper one is the threshold's.
-REFORMER_HOST_DEVICE uint32_t dropout_query_part(uint32_t row_key) {
-  return row_key ^ (row_key >> 16);
-}
-REFORMER_HOST_DEVICE uint32_t dropout_key_part(uint32_t key_position) {
-  const uint32_t x = key_position * 0x9e3779b9U;
-  return x ^ (x >> 16);
-}
-REFORMER_HOST_DEVICE bool is_dropped(uint32_t query_part, uint32_t key_part, uint32_t threshold) {
-  uint32_t x = (query_part ^ key_part) * 0x7feb352dU;
-  x ^= x >> 15;
-  x *= 0x846ca68bU;
-  return (x ^ (threshold >> 16)) < threshold;
 }
 
 }  // namespace reformer

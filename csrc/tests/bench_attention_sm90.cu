@@ -216,7 +216,8 @@ Reference reference(const Problem& problem) {
     const auto dropout_factor = [&](int round, int i, int j) {
       const uint32_t key =
           reformer::dropout_row_key(kDropoutSeed, static_cast<uint32_t>(s), round, i);
-      return reformer::dropout_word(key, j) < threshold ? 0.0 : 1 / (1 - c.dropout_p);
+      const uint32_t word = reformer::dropout_word(key, reformer::dropout_key_part(j));
+      return word < threshold ? 0.0 : 1 / (1 - c.dropout_p);
     };
     const auto dot = [&](const double* a, const double* b) {
       double sum = 0;

@@ -337,7 +337,8 @@ Expected expect(Inputs& in, int64_t head) {
     const auto factor_of = [&](const Slot& slot) {
       if (c.dropout_p == 0) return 1.0;
       const uint32_t key = reformer::dropout_row_key(in.seed, head, slot.round, i);
-      return reformer::dropout_word(key, slot.j) >= threshold ? 1 / (1.0 - c.dropout_p) : 0.0;
+      const uint32_t word = reformer::dropout_word(key, reformer::dropout_key_part(slot.j));
+      return word >= threshold ? 1 / (1.0 - c.dropout_p) : 0.0;
     };
     for (const Slot& slot : slots) {
       const double weight = std::exp(slot.logit - e.lse[i]) * factor_of(slot);
