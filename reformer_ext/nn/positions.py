@@ -137,9 +137,10 @@ class RotaryPositions(nn.Module):
         frequencies = torch.logspace(  # base ** (-2 i / D)
             0, (1 - half) / half, half, self.base, dtype=torch.float64, device=positions.device
         )
-        angles = positions.double()[..., None] * frequencies
-        cos, sin = angles.cos().float(), angles.sin().float()
-        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        angles = positions[..., None] * frequencies
+        cos, sin = angles.cos(), angles.sin()
+        factors = torch.cat([cos, cos, -sin, sin], dim=-1).float()
+        return factors[..., : self.head_dim], factors[..., self.head_dim :]
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
