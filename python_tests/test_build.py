@@ -94,6 +94,7 @@ def test_info_lists_operators_and_backends() -> None:
     assert facts["built_for"] == json.loads((PACKAGE / "_build_info.json").read_text())
     kernels = ["CPU", "CUDA"] if facts["built_for"]["cuda"] else ["CPU"]
     assert facts["operators"] == {
+        "reformer::apply_rotary": [*kernels[1:], "composite"],
         "reformer::bucket_sort": kernels,
         "reformer::chunked_attention": kernels,
         "reformer::chunked_attention_backward": kernels,
