@@ -45,7 +45,7 @@ at::Tensor apply_rotary_cuda(const at::Tensor& x, const at::Tensor& cos, const a
   const auto dtype = dtype_of(x);
   const at::Tensor out = at::empty_like(x);
   const bool fits = x.size(-1) / 2 * x.element_size() % 16 == 0 && has_aligned_rows(x) &&
-                    has_aligned_rows(out) && cos.stride(-1) == 1 && sin.stride(-1) == 1;
+                    has_aligned_rows(out) && has_aligned_rows(cos) && has_aligned_rows(sin);
   if (!dtype.has_value() || !fits) return apply_rotary_composite(x, cos, sin);
   kernels::ApplyRotaryParams params = {};
   params.x = rows_of(x);

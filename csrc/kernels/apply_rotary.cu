@@ -9,9 +9,9 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 
-template <typename T>
+template <typename T, int kWidthGiven = 16 / sizeof(T)>
 struct alignas(16) Vector {
-  static constexpr int kWidth = 16 / sizeof(T);
+  static constexpr int kWidth = kWidthGiven;
   T x[kWidth];
 };
 
@@ -25,6 +25,11 @@ __device__ __forceinline__ T* row_of(const RotaryRows& rows, int64_t part, int64
 template <typename T>
 __device__ __forceinline__ Vector<T>& vector_at(T* row, int element) {
   return *reinterpret_cast<Vector<T>*>(row + element);
+}
+
+template <int kWidth>
+__device__ __forceinline__ const Vector<float, kWidth>& factors_at(const float* row, int element) {
+  return *reinterpret_cast<const Vector<float, kWidth>*>(row + element);
 }
 
 // A block turns all rows of one token, a thread one vector of a row's lower half and its partner.
@@ -46,13 +51,16 @@ __global__ __launch_bounds__(kMaxThreads) void rotary_kernel(
     T* const x = row_of<T>(params.x, part, batch, head, token);
     T* const out = row_of<T>(params.out, part, batch, head, token);
     const Vector<T> low = vector_at(x, d), high = vector_at(x, d + half);
+    const Vector<float, kWidth> cos_low = factors_at<kWidth>(cos, d),
+                                cos_high = factors_at<kWidth>(cos, d + half),
+                                sin_low = factors_at<kWidth>(sin, d),
+                                sin_high = factors_at<kWidth>(sin, d + half);
     Vector<T> turned_low, turned_high;
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
       const float a = to_float(low.x[e]), b = to_float(high.x[e]);
-      const int lower = d + e, upper = lower + half;
-      turned_low.x[e] = from_float<T>(fmaf(b, sin[lower], a * cos[lower]));
-      turned_high.x[e] = from_float<T>(fmaf(a, sin[upper], b * cos[upper]));
+      turned_low.x[e] = from_float<T>(fmaf(b, sin_low.x[e], a * cos_low.x[e]));
+      turned_high.x[e] = from_float<T>(fmaf(a, sin_high.x[e], b * cos_high.x[e]));
     }
     vector_at(out, d) = turned_low;
     vector_at(out, d + half) = turned_high;
