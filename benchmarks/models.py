@@ -284,6 +284,9 @@ def arguments() -> argparse.ArgumentParser:
         help="a model with a longer one is not run at greater lengths (default 60)",
     )
     parser.add_argument(
+        "--kernels", action="store_true", help="of one step, longest first (CPU: operators)"
+    )
+    parser.add_argument(
         "--json", type=Path, help="write everything to this file, anew after each model"
     )
     parser.add_argument("--plot", type=Path, help="draw to this file; suffixes are added")
@@ -323,6 +326,8 @@ def main() -> None:
             elif row.get("ms", 0.0) > 1e3 * args.longest_step:
                 stopped[name] = f"a step took {row['ms'] / 1e3:.0f} s at {length:,} tokens"
             print(f"  {name:32}{described(row, args.job)}", flush=True)
+            for kernel, part in row.get("kernels", {}).items():
+                print(f"    {part['ms']:10.4f} ms {part['calls']:4.0f} x {kernel[:90]}")
             if args.json:
                 report.write(results, args.json)
     if args.plot:
@@ -338,7 +343,10 @@ def described(row: Row, job: str) -> str:
         if job == "train"
         else f"{row['ms']:12.3f} ms a token"
     )
-    return f"{speed}{row['gib']:9.2f} GiB{row['calls']:5} timed"
+    launches = ""
+    if "kernels" in row:
+        launches = f"{sum(part['calls'] for part in row['kernels'].values()):8.0f} launches"
+    return f"{speed}{row['gib']:9.2f} GiB{row['calls']:5} timed{launches}"
 
 
 def timed(make: Callable[[], Step], length: int, args: argparse.Namespace) -> Row:
@@ -347,6 +355,12 @@ def timed(make: Callable[[], Step], length: int, args: argparse.Namespace) -> Ro
     try:
         step = make()
         row: Row = dict(measure.timed([step], args.device))
+        if args.device == "cuda":
+            row["gib"] = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            row["gib"] = measure.resident("VmHWM") / 2**10
+        if args.kernels:
+            row["kernels"] = measure.kernels(step, args.device)
     except Exception as error:  # absent, too large, out of memory, a peer's own
         row = {"skipped": f"{error or type(error).__name__}".strip().splitlines()[0]}
         if isinstance(error, torch.OutOfMemoryError):
@@ -358,10 +372,6 @@ def timed(make: Callable[[], Step], length: int, args: argparse.Namespace) -> Ro
         if args.device == "cuda":
             torch.cuda.empty_cache()
     row["tokens_per_s"] = 1e3 * (length if args.job == "train" else 1) / row["ms"]
-    if args.device == "cuda":
-        row["gib"] = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        row["gib"] = measure.resident("VmHWM") / 2**10
     return row
 
 

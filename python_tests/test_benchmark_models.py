@@ -84,6 +84,13 @@ def test_curves_leave_out_what_was_skipped() -> None:
     }
 
 
+def test_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "decode", "--models=reformer_ext", "--kernels")
+    printed = capsys.readouterr().out
+    assert printed.count(" launches\n") == 2
+    assert printed.count("1 x reformer::lsh_decode\n") == 2
+
+
 def test_slow_models_are_timed_less_and_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from conftest import CUDA_DTYPES, device_dtypes, gpu
 from torch import Tensor
 
 import reformer_ext
+from benchmarks import measure
 from reformer_ext import reference
 from reformer_ext.nn import RotaryPositions
 
@@ -389,6 +390,19 @@ def test_lsh_hash(case: HashCase, device: str, dtype: torch.dtype) -> None:
     assert torch.equal(got[~near_tie], expected[~near_tie])
     if case.values != "zeros":
         assert near_tie.sum() <= 0.01 * near_tie.numel() + case.length * (case.values == "equal")
+
+
+@pytest.mark.gpu
+def test_lsh_hash_of_few_positions_is_one_launch() -> None:
+    x = torch.randn(1, 16, 1, 64, device="cuda", dtype=torch.bfloat16)
+    rotations = torch.randn(16, 64, 8, 48, device="cuda", dtype=torch.bfloat16)
+
+    def call() -> Tensor:
+        return reformer_ext.lsh_hash(x, rotations, [32, 32, 32])
+
+    call()
+    launched = measure.kernels(call, "cuda")
+    assert sum(kernel["calls"] for kernel in launched.values()) == 1, launched
 
 
 @pytest.mark.parametrize(("device", "dtype"), device_dtypes())
