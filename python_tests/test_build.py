@@ -140,3 +140,5 @@ def test_bindings_are_the_operators() -> None:
     merged, merged_lse = _C.merge_attention([out, out], [lse, lse])
     torch.testing.assert_close(merged, out)
     torch.testing.assert_close(merged_lse, lse + torch.log(torch.tensor(2.0)))
+    turn_by_nothing = torch.ones(100, 16), torch.zeros(100, 16)
+    assert torch.equal(_C.apply_rotary(out, *turn_by_nothing), out)
