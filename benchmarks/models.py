@@ -1,23 +1,27 @@
 """Times whole models: training steps and cached decoding, beside exact attention and transformers.
 
-python -m benchmarks.models train --lengths 65536,262144,1048576 --json train.json
+python -m benchmarks.models train --lengths 65536,262144,1048576 --json train.json --plot train
 python -m benchmarks.models decode --lengths 1024,16384,131072,1048576 --json decode.json
 
 train: forward, backward and AdamW on one sequence of random bytes, bf16 autocast on CUDA; tokens/s
 and the peak of allocated memory. "exact" is the same width and depth with plain residual layers,
 torch's SDPA and activation checkpointing; "accelerated" is transformers' own model after
 integrations.transformers.accelerate. decode: one token for one sequence after so many, on a cache
-filled with random numbers, in a CUDA graph on CUDA; "exact" keeps keys and values in full. Before
-anything is timed, small twins are checked: gradients against plain autograd, cached logits
-against a forward pass. measure.py says how time and memory are taken.
+filled with random numbers, in a CUDA graph on CUDA; "exact" keeps keys and values in full. A model
+that ran out of memory, or whose step took longer than --longest-step, is not run at greater
+lengths. Before anything is timed, small twins are checked: gradients against plain autograd, cached
+logits against a forward pass. measure.py says how time and memory are taken.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +39,12 @@ from reformer_ext.nn import (
     chunked_lm_loss,
 )
 
-from . import measure, report
+from . import measure, plot, report
 from .ops import comma_separated
 
 Step = Callable[[], object]
+Mode = Callable[[], AbstractContextManager[object]]
+Row = dict[str, Any]
 
 
 class ExactLM(nn.Module):
@@ -112,14 +118,17 @@ def training_steps(
     """Name and maker of a step by model; a maker raises if the model cannot run."""
     tokens = torch.randint(config.vocab_size, (1, length + 1), device=device)
 
-    def step_of(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> Step:
+    def step_of(
+        model: nn.Module, loss_of: Callable[[nn.Module], Tensor], mode: Mode = nullcontext
+    ) -> Step:
         model.to(device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         def step() -> None:
             with autocast(device):
                 loss = loss_of(model)
-            loss.backward()
+            with mode():
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -131,12 +140,22 @@ def training_steps(
     def theirs(model: nn.Module) -> Tensor:
         return model(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss
 
+    def recomputing() -> AbstractContextManager[object]:
+        # Transformers recomputes in the backward's mode, float32 without this. No cache: it would
+        # hold weights cast without gradient.
+        return torch.autocast(
+            device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
+        )
+
+    def transformers() -> nn.Module:
+        return transformers_model(config, length, False)
+
     yield "reformer_ext", lambda: step_of(ReformerLM(config), ours)
     yield "exact (checkpointed)", lambda: step_of(ExactLM(config), ours)
-    yield "transformers", lambda: step_of(transformers_model(config, length, False), theirs)
+    yield "transformers", lambda: step_of(transformers(), theirs, recomputing)
     yield (
         "transformers (accelerated)",
-        lambda: step_of(accelerate(transformers_model(config, length, False)), theirs),
+        lambda: step_of(accelerate(transformers()), theirs, recomputing),
     )
 
 
@@ -257,7 +276,20 @@ def arguments() -> argparse.ArgumentParser:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=best)
     parser.add_argument("--models", type=comma_separated(str), help="names; default: all")
-    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument(
+        "--longest-step",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="a model with a longer one is not run at greater lengths (default 60)",
+    )
+    parser.add_argument(
+        "--kernels", action="store_true", help="of one step, longest first (CPU: operators)"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="write everything to this file, anew after each model"
+    )
+    parser.add_argument("--plot", type=Path, help="draw to this file; suffixes are added")
     return parser
 
 
@@ -271,46 +303,75 @@ def main() -> None:
         n_hashes=args.n_hashes,
         ff_chunk_size=args.ff_chunk_size,
     )
-    results: dict[str, object] = {
+    lengths: dict[int, dict[str, Row]] = {}
+    results: dict[str, Any] = {
         **measure.environment(args.device, "benchmarks.models"),
         "job": args.job,
         "config": dataclasses.asdict(config),
         "errors": check(device),
-        "lengths": {},
+        "lengths": lengths,
     }
     steps = training_steps if args.job == "train" else decoding_steps
-    for length in args.lengths:
+    stopped: dict[str, str] = {}  # why, by model
+    for length in sorted(args.lengths):
         print(f"{args.job}, {length:,} tokens")
-        rows = results["lengths"][length] = {}  # type: ignore[index]
+        rows = lengths[length] = {}
         for name, make in steps(config, length, device):
             if args.models and name not in args.models:
                 continue
-            rows[name] = row = timed(make, length, args)
-            if "skipped" in row:
-                print(f"  {name:32} skipped: {row['skipped']}")
-            elif args.job == "train":
-                print(f"  {name:32}{row['tokens_per_s']:12,.0f} tokens/s{row['gib']:9.2f} GiB")
-            else:
-                print(f"  {name:32}{row['ms']:12.3f} ms a token{row['gib']:9.2f} GiB")
-        if args.json:
-            report.write(results, args.json)
+            row = {"skipped": stopped[name]} if name in stopped else timed(make, length, args)
+            rows[name] = row
+            if row.get("out_of_memory"):
+                stopped[name] = f"out of memory at {length:,} tokens"
+            elif row.get("ms", 0.0) > 1e3 * args.longest_step:
+                stopped[name] = f"a step took {row['ms'] / 1e3:.0f} s at {length:,} tokens"
+            print(f"  {name:32}{described(row, args.job)}", flush=True)
+            for kernel, part in row.get("kernels", {}).items():
+                print(f"    {part['ms']:10.4f} ms {part['calls']:4.0f} x {kernel[:90]}")
+            if args.json:
+                report.write(results, args.json)
+    if args.plot:
+        plot.draw_models([results], args.plot)
 
 
-def timed(make: Callable[[], Step], length: int, args: argparse.Namespace) -> dict[str, object]:
+def described(row: Row, job: str) -> str:
+    """A line of the table."""
+    if "skipped" in row:
+        return f" skipped: {row['skipped']}"
+    speed = (
+        f"{row['tokens_per_s']:12,.0f} tokens/s"
+        if job == "train"
+        else f"{row['ms']:12.3f} ms a token"
+    )
+    launches = ""
+    if "kernels" in row:
+        launches = f"{sum(part['calls'] for part in row['kernels'].values()):8.0f} launches"
+    return f"{speed}{row['gib']:9.2f} GiB{row['calls']:5} timed{launches}"
+
+
+def timed(make: Callable[[], Step], length: int, args: argparse.Namespace) -> Row:
     """Milliseconds and tokens/s of a step, and GiB at its peak, parameters included."""
+    step: Step | None = None
     try:
         step = make()
-        row: dict[str, object] = dict(measure.timed([step], args.device))
+        row: Row = dict(measure.timed([step], args.device))
+        if args.device == "cuda":
+            row["gib"] = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            row["gib"] = measure.resident("VmHWM") / 2**10
+        if args.kernels:
+            row["kernels"] = measure.kernels(step, args.device)
     except Exception as error:  # absent, too large, out of memory, a peer's own
-        return {"skipped": str(error).strip().splitlines()[0]}
+        row = {"skipped": f"{error or type(error).__name__}".strip().splitlines()[0]}
+        if isinstance(error, torch.OutOfMemoryError):
+            row["out_of_memory"] = True
+        return row
     finally:
+        step = None
+        gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    row["tokens_per_s"] = 1e3 * length / row["ms"]  # type: ignore[operator]
-    if args.device == "cuda":
-        row["gib"] = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        row["gib"] = measure.resident("VmHWM") / 2**10
+    row["tokens_per_s"] = 1e3 * (length if args.job == "train" else 1) / row["ms"]
     return row
 
 

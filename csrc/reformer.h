@@ -75,6 +75,11 @@ int64_t workspace_limit();
 // outs: n times [B, H, L, D], lses: n times [B, H, L] -> out [B, H, L, D], lse [B, H, L].
 std::tuple<at::Tensor, at::Tensor> merge_attention(at::TensorList outs, at::TensorList lses);
 
+// Rotary positions: turns the pairs (x[d], x[d + D/2]) of x [B, H, L, D] or [N, B, H, L, D] to
+// x * cos + roll(x, D/2) * sin, in float32 at least. cos, sin: float32 [L, D] or [B, 1, L, D],
+// [c, c] and [-s, s] of the angles. Differentiable in x. -> like x.
+at::Tensor apply_rotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
+
 // Decoding. The cache of a layer: keys and values [B, H, C, D], and per head, round and bucket the
 // last W positions that fell into it: table int32 [B, H, R, N, W], and how many did: counts int32
 // [B, H, R, N]; position number i of a bucket is in slot i % W. All contiguous, counts zero at

@@ -419,6 +419,8 @@ HASH_CASES: list[HashCase] = [
     _H("shared-rotations", shared_rotations=True, n_buckets=(8, 16)),
     _H("padding", padding=True, n_buckets=(4, 4)),
     _H("one-position", length=1),
+    _H("decoding", heads=16, batch=1, length=1, head_dim=64, rounds=8, n_buckets=(128, 256)),
+    _H("few-positions", length=3, head_dim=64, layout="transposed", n_buckets=(8, 6), padding=True),
     _H("prime", length=257, head_dim=32, rounds=1),
     _H("wide", head_dim=256, length=70, n_buckets=(32, 64)),
     _H("head_dim-80", head_dim=80),

@@ -94,6 +94,7 @@ def test_info_lists_operators_and_backends() -> None:
     assert facts["built_for"] == json.loads((PACKAGE / "_build_info.json").read_text())
     kernels = ["CPU", "CUDA"] if facts["built_for"]["cuda"] else ["CPU"]
     assert facts["operators"] == {
+        "reformer::apply_rotary": [*kernels[1:], "composite"],
         "reformer::bucket_sort": kernels,
         "reformer::chunked_attention": kernels,
         "reformer::chunked_attention_backward": kernels,
@@ -139,3 +140,5 @@ def test_bindings_are_the_operators() -> None:
     merged, merged_lse = _C.merge_attention([out, out], [lse, lse])
     torch.testing.assert_close(merged, out)
     torch.testing.assert_close(merged_lse, lse + torch.log(torch.tensor(2.0)))
+    turn_by_nothing = torch.ones(100, 16), torch.zeros(100, 16)
+    assert torch.equal(_C.apply_rotary(out, *turn_by_nothing), out)

@@ -25,7 +25,9 @@ from conftest import CUDA_DTYPES, device_dtypes, gpu
 from torch import Tensor
 
 import reformer_ext
+from benchmarks import measure
 from reformer_ext import reference
+from reformer_ext.nn import RotaryPositions
 
 ops = torch.ops.reformer
 ROUNDING = {
@@ -390,6 +392,19 @@ def test_lsh_hash(case: HashCase, device: str, dtype: torch.dtype) -> None:
         assert near_tie.sum() <= 0.01 * near_tie.numel() + case.length * (case.values == "equal")
 
 
+@pytest.mark.gpu
+def test_lsh_hash_of_few_positions_is_one_launch() -> None:
+    x = torch.randn(1, 16, 1, 64, device="cuda", dtype=torch.bfloat16)
+    rotations = torch.randn(16, 64, 8, 48, device="cuda", dtype=torch.bfloat16)
+
+    def call() -> Tensor:
+        return reformer_ext.lsh_hash(x, rotations, [32, 32, 32])
+
+    call()
+    launched = measure.kernels(call, "cuda")
+    assert sum(kernel["calls"] for kernel in launched.values()) == 1, launched
+
+
 @pytest.mark.parametrize(("device", "dtype"), device_dtypes())
 def test_lsh_hash_breaks_ties_to_the_lowest_bucket(device: str, dtype: torch.dtype) -> None:
     x = torch.ones(1, 1, 70, 16, device=device, dtype=dtype)
@@ -463,6 +478,74 @@ def test_merge_attention(case: MergeCase, device: str, dtype: torch.dtype) -> No
     for name, expected in oracle.items():
         assert expected.isnan().sum() == 0
         assert_accurate(name, got[name], twin[name], expected, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("length", [1, 37])
+@pytest.mark.parametrize("head_dim", [2, 24, 64])
+@pytest.mark.parametrize("batched", [False, True], ids=["shared", "batched"])
+@pytest.mark.parametrize("layout", ["contiguous", "projected", "odd"])
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_apply_rotary(
+    layout: str, batched: bool, head_dim: int, length: int, device: str, dtype: torch.dtype
+) -> None:
+    x, cos, sin = rotary_inputs(layout, batched, head_dim, length, device, dtype)
+    inputs = {"x": x.requires_grad_()}
+    cotangents = (torch.randn_like(x), torch.randn(x.shape[:-1], device=device))
+
+    def turn(implementation: object) -> Callable:
+        def function(x: Tensor) -> tuple[Tensor, Tensor]:
+            y = implementation.apply_rotary(x, cos, sin)  # type: ignore[attr-defined]
+            return y, y.double().sum(-1)
+
+        return function
+
+    got = differentiate(turn(reformer_ext), inputs, cotangents)
+    twin = differentiate(turn(reference), inputs, cotangents)
+    oracle = differentiate(turn(reference), upcast(inputs), cotangents)
+    for name, expected in oracle.items():
+        assert_accurate(name, got[name], twin[name], expected, ROUNDING[dtype])
+
+
+def rotary_inputs(
+    layout: str, batched: bool, head_dim: int, length: int, device: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the modules have them: x is a view of one projection into queries, keys and values."""
+    positions = torch.randint(10**6, (2, 1, length) if batched else (length,), device=device)
+    factors = RotaryPositions(head_dim).at(positions)
+    excess = layout == "odd"
+    x = torch.randn(2, length, 3, 4, head_dim + excess, device=device).to(dtype)[..., excess:]
+    x = x.permute(2, 0, 3, 1, 4)
+    return x[:2] if layout != "contiguous" else x[0].contiguous(), *factors
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("batched", [False, True], ids=["shared", "batched"])
+@pytest.mark.parametrize("layout", ["contiguous", "projected"])
+def test_opcheck_apply_rotary(layout: str, batched: bool, device: str) -> None:
+    x, *factors = rotary_inputs(layout, batched, 16, 5, device, torch.float32)
+    torch.library.opcheck(ops.apply_rotary.default, (x, *factors))
+    torch.library.opcheck(ops.apply_rotary.default, (x.requires_grad_(), *factors))
+
+
+def test_apply_rotary_twice_differentiable() -> None:
+    x, *factors = rotary_inputs("projected", True, 4, 3, "cpu", torch.float64)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: reformer_ext.apply_rotary(x, *factors), x)
+    assert torch.autograd.gradgradcheck(lambda x: reformer_ext.apply_rotary(x, *factors), x)
+
+
+def test_apply_rotary_errors() -> None:
+    x, cos, sin = rotary_inputs("projected", True, 4, 3, "cpu", torch.float32)
+    for arguments, message in [
+        ((x[0, 0], cos, sin), r"expected x of shape \[B, H, L, D\]"),
+        ((x[..., :3], cos, sin), "even head dimension"),
+        ((x.int(), cos, sin), "expected x of dtype"),
+        ((x, cos[:1], sin), "expected cos of shape"),
+        ((x, cos, sin[0, 0, :2]), "expected sin of shape"),
+        ((x, cos, sin.double()), "expected sin of dtype"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"apply_rotary: .*{message}"):
+            reformer_ext.apply_rotary(*arguments)
 
 
 @pytest.mark.parametrize(("device", "dtype"), device_dtypes())

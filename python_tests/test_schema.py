@@ -13,6 +13,7 @@ _OPTIONS = (
 )
 _DROPOUT = "bool correct_duplicates=False, float dropout_p=0., Tensor? dropout_seed=None"
 SCHEMAS = {
+    "apply_rotary": "reformer::apply_rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor",
     "lsh_hash": (
         "reformer::lsh_hash(Tensor x, Tensor rotations, int[] n_buckets, "
         "Tensor? key_padding_mask=None) -> Tensor"

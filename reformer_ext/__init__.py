@@ -7,6 +7,7 @@ Operators (``reformer_ext.ops``, re-exported here) run on CPU and CUDA, forward 
 from __future__ import annotations
 
 from .ops import (
+    apply_rotary,
     bucket_sort,
     chunked_attention,
     default_n_buckets,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "apply_rotary",
     "bucket_sort",
     "chunked_attention",
     "chunked_attention_packed",

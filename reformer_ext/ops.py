@@ -19,6 +19,7 @@ from torch import Tensor
 from ._extension import _C  # registers torch.ops.reformer
 
 __all__ = [
+    "apply_rotary",
     "bucket_sort",
     "chunked_attention",
     "default_n_buckets",
@@ -462,6 +463,23 @@ def lsh_cross_attention(
     if not (return_lse or return_buckets):
         return out
     return (out, *([lse] if return_lse else []), *([buckets] if return_buckets else []))
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs ``(x[d], x[d + D/2])``: ``x * cos + roll(x, D/2) * sin``, in float32.
+
+    Args:
+        x: ``(B, H, L, D)`` or ``(N, B, H, L, D)``, D even.
+        cos, sin: float32 ``(L, D)`` or ``(B, 1, L, D)``, ``[c, c]`` and ``[-s, s]`` of the angles,
+            as :class:`reformer_ext.nn.RotaryPositions` makes them. No gradient.
+
+    Returns:
+        Shape and dtype of x. Differentiable in x.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.reformer.apply_rotary.default(x, cos, sin)
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -242,6 +242,12 @@ def lsh_attention(
     return out, lse, buckets
 
 
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs ``(x[d], x[d + D/2])`` by angles; see :func:`reformer_ext.apply_rotary`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+
+
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Joins attentions of the same queries over disjoint key sets by their log-sum-exp."""
     stacked = torch.stack(list(lses))

@@ -2,7 +2,7 @@
 #include <cfloat>
 #include <cmath>
 
-#include "device_traits.cuh"
+#include "launch.cuh"
 #include "lsh_decode.h"
 #include "mma.cuh"
 
@@ -152,6 +152,8 @@ __global__ __launch_bounds__(kMaxDecodeThreads) void decode_kernel(
   constexpr int kWidth = Vector<T>::kWidth, kElements = kVectors * kWidth;
   constexpr int kSlotsAhead = kVectorsAhead / kVectors;
   constexpr int kMaxWarps = kMaxDecodeThreads / 32;
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ float warp_peaks[kMaxWarps], warp_totals[kMaxWarps];
   const int64_t head = blockIdx.x / params.queries, t = blockIdx.x % params.queries;
@@ -337,9 +339,8 @@ cudaError_t launch_decode(const LshDecodeParams& params, const DecodePlan& plan,
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(params.batch * params.heads * params.queries), plan.threads, bytes,
-           stream>>>(params);
-  return cudaGetLastError();
+  const auto blocks = static_cast<unsigned>(params.batch * params.heads * params.queries);
+  return launch_overlapped(kernel, {blocks, plan.threads, bytes}, stream, params);
 }
 
 template <typename T>
@@ -459,6 +460,7 @@ __device__ __forceinline__ void count_line(const LshCacheAppendParams& params, i
 template <typename T>
 __global__ __launch_bounds__(kAppendThreads) void append_kernel(
     const __grid_constant__ LshCacheAppendParams params) {
+  wait_for_previous_kernel();
   const int64_t warp = (int64_t{blockIdx.x} * kAppendThreads + threadIdx.x) / 32;
   const int64_t heads = params.batch * params.heads, rows = heads * params.rows;
   if (warp >= rows) {
@@ -544,7 +546,9 @@ cudaError_t launch_append(const LshCacheAppendParams& params, cudaStream_t strea
   const int64_t sorted_blocks =
       counted ? 0 : ceil_div<int64_t>(lines * params.rows, kAppendThreads);
   if (std::max(blocks, sorted_blocks) > INT32_MAX) return cudaErrorInvalidValue;
-  append_kernel<T><<<static_cast<unsigned>(blocks), kAppendThreads, 0, stream>>>(params);
+  const cudaError_t error = launch_overlapped(
+      append_kernel<T>, {static_cast<unsigned>(blocks), kAppendThreads}, stream, params);
+  if (error != cudaSuccess) return error;
   if (!counted) {
     const auto grid = static_cast<unsigned>(sorted_blocks);
     find_buckets_kernel<<<grid, kAppendThreads, 0, stream>>>(params);

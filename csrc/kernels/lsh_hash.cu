@@ -1,6 +1,6 @@
 // The hash for any sizes, types and device: a tiled fp32 product in registers whose columns are
 // reduced to their argmax as they come, so that xR is never stored. lsh_hash_sm80.cu and
-// lsh_hash_sm90.cu have the tensor-core instances.
+// lsh_hash_sm90.cu have the tensor-core instances, lsh_hash_direct.cu the one for few tokens.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -267,10 +267,17 @@ bool valid(const LshHashParams& params) {
   return params.rotation_heads == 1 || params.rotation_heads == params.heads;
 }
 
+// Each token reads the rotations again: with few of them from L2, at less than it costs the tensor
+// cores' instances to pack them, three passes over them and a launch more.
+bool has_few_tokens(const LshHashParams& params) {
+  constexpr int64_t kFewTokens = 8;  // of a head
+  return params.batch * params.length <= kFewTokens && lsh_hash_direct_supports(params);
+}
+
 }  // namespace
 
 int64_t lsh_hash_workspace(const LshHashParams& params) {
-  if (!valid(params)) return 0;
+  if (!valid(params) || has_few_tokens(params)) return 0;
   if (lsh_hash_sm90_supports(params)) return lsh_hash_sm90_workspace(params);
   if (lsh_hash_sm80_supports(params)) return lsh_hash_sm80_workspace(params);
   return 0;
@@ -279,6 +286,7 @@ int64_t lsh_hash_workspace(const LshHashParams& params) {
 cudaError_t lsh_hash(const LshHashParams& params, cudaStream_t stream) {
   if (!valid(params)) return cudaErrorInvalidValue;
   if (params.batch * params.heads * params.length * params.rounds == 0) return cudaSuccess;
+  if (has_few_tokens(params)) return lsh_hash_direct(params, stream);
   if (lsh_hash_sm90_supports(params)) return lsh_hash_sm90(params, stream);
   if (lsh_hash_sm80_supports(params)) return lsh_hash_sm80(params, stream);
   return lsh_hash_simt(params, stream);

@@ -47,6 +47,10 @@ bool lsh_hash_sm80_supports(const LshHashParams& params);
 int64_t lsh_hash_sm80_workspace(const LshHashParams& params);
 cudaError_t lsh_hash_sm80(const LshHashParams& params, cudaStream_t stream);
 
+// A block for each token and round, without workspace (lsh_hash_direct.cu): for few tokens.
+bool lsh_hash_direct_supports(const LshHashParams& params);
+cudaError_t lsh_hash_direct(const LshHashParams& params, cudaStream_t stream);
+
 // Everything, without workspace (lsh_hash.cu).
 cudaError_t lsh_hash_simt(const LshHashParams& params, cudaStream_t stream);
 

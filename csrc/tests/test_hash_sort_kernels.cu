@@ -259,6 +259,8 @@ constexpr HashInstance kHashInstances[] = {
      reformer::kernels::lsh_hash},
     {"mma.sync", reformer::kernels::lsh_hash_sm80_supports,
      reformer::kernels::lsh_hash_sm80_workspace, reformer::kernels::lsh_hash_sm80},
+    {"direct", reformer::kernels::lsh_hash_direct_supports,
+     [](const LshHashParams&) { return int64_t{0}; }, reformer::kernels::lsh_hash_direct},
     {"SIMT", [](const LshHashParams&) { return true; },
      [](const LshHashParams&) { return int64_t{0}; }, reformer::kernels::lsh_hash_simt},
 };
@@ -542,6 +544,10 @@ int main(int argc, char** argv) {
     }
     for (const int64_t length : {1, 63, 64, 65, 127, 1000})
       test_hash({1, 1, length, 64, 1, {34, 64}, dtype, dtype});
+    for (int64_t length = 1; length <= 9; ++length) {  // decoding, and the first that is not
+      test_hash({1, 16, length, 64, 8, {128, 256}, dtype, dtype, false, true, true});
+      test_hash({3, 2, length, 128, 8, {8, 8}, dtype, dtype});
+    }
     test_hash(
         {1, 2, 65, 64, 40, {64, 128}, dtype, dtype});     // more rounds than fit in shared memory
     test_hash({1, 1, 65, 128, 1, {6000}, dtype, dtype});  // a factor that does not fit

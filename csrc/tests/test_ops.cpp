@@ -37,7 +37,7 @@ std::string error_of(Call call) {
 
 void test_registered_by_name() {
   for (const char* op : {"lsh_hash", "bucket_sort", "chunked_attention", "lsh_attention",
-                         "lsh_cache_append", "lsh_decode", "merge_attention"}) {
+                         "lsh_cache_append", "lsh_decode", "merge_attention", "apply_rotary"}) {
     const std::string name = std::string("reformer::") + op;
     EXPECT(c10::Dispatcher::singleton().findSchema({name, ""}).has_value());
   }

@@ -177,7 +177,8 @@ class LocalCache(_RowCache):
     def append(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
         """Adds the first ``lengths (B,)`` of T positions ``(B, H, T, D)`` to an empty cache."""
         # Every place looks up the newest position that belongs there: no two writes meet.
-        positions = self._positions(lengths - 1).clamp(0, k.shape[2] - 1)
+        last = lengths - 1
+        positions = (last[:, None] - self._ages(last)).clamp(0, k.shape[2] - 1)
         index = positions[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         self.keys.copy_(k.gather(2, index))
         self.values.copy_(v.gather(2, index))
@@ -187,12 +188,11 @@ class LocalCache(_RowCache):
         to its logits ``(B, 1, places)``. The same for all layers of a model."""
         result = []
         for t in range(n):
-            last = lengths + t
-            positions = self._positions(last)
-            first = (last // self.chunk_size - self.look_back) * self.chunk_size
-            outside = positions < first.clamp(min=0)[:, None]
-            bias = torch.zeros_like(positions, dtype=self.keys.dtype)
-            bias.masked_fill_(outside, -math.inf)
+            last = lengths + t if t else lengths
+            age = self._ages(last)
+            oldest = torch.minimum(last, last % self.chunk_size + self.look_back * self.chunk_size)
+            bias = torch.zeros_like(age, dtype=self.keys.dtype)
+            bias.masked_fill_(age > oldest[:, None], -math.inf)
             result.append(((last % self.keys.shape[2])[:, None], bias[:, None]))
         return result
 
@@ -214,10 +214,10 @@ class LocalCache(_RowCache):
             outs.append(self._attend(q[:, :, now], bias, scale))
         return _joined(outs)
 
-    def _positions(self, last: Tensor) -> Tensor:
-        """The newest position up to ``last (B,)`` of each place, ``(B, places)``; some below 0."""
+    def _ages(self, last: Tensor) -> Tensor:
+        """How far before ``last (B,)`` is the newest position of each place, ``(B, places)``."""
         places = torch.arange(self.keys.shape[2], device=last.device)
-        return last[:, None] - (last[:, None] - places) % self.keys.shape[2]
+        return (last[:, None] - places) % self.keys.shape[2]
 
 
 class FullCache(_RowCache):

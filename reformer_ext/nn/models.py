@@ -523,7 +523,9 @@ class Reformer(nn.Module):
         if cache.filled:
             if key_padding_mask is not None:
                 raise ValueError("Reformer: expected no key_padding_mask after the prompt, got one")
-            positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
+            positions = cache.lengths[:, None]
+            if length != 1:
+                positions = positions + torch.arange(length, device=tokens.device)
             rotary = None if self.rotary is None else self.rotary.at(positions[:, None])
             x = self._embed(tokens, at=positions)
             steps = [{"rotary": rotary, **step} for step in cache.steps(length)]

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
+
 __all__ = ["AbsolutePositions", "AxialPositions", "RotaryPositions", "apply_rotary"]
 
 
@@ -137,24 +139,23 @@ class RotaryPositions(nn.Module):
         frequencies = torch.logspace(  # base ** (-2 i / D)
             0, (1 - half) / half, half, self.base, dtype=torch.float64, device=positions.device
         )
-        angles = positions.double()[..., None] * frequencies
-        cos, sin = angles.cos().float(), angles.sin().float()
-        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        angles = positions[..., None] * frequencies
+        cos, sin = angles.cos(), angles.sin()
+        factors = torch.cat([cos, cos, -sin, sin], dim=-1).float()
+        return factors[..., : self.head_dim], factors[..., self.head_dim :]
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turns the pairs ``(x[d], x[d + D/2])`` by the angles of :class:`RotaryPositions`.
 
     Args:
-        x: ``(..., B, H, L, D)``.
-        rotary: its factors, ``(L, D)`` or with dimensions before that broadcast.
+        x: ``(B, H, L, D)`` or ``(N, B, H, L, D)``.
+        rotary: its factors, ``(L, D)`` or ``(B, 1, L, D)``.
 
     Returns:
         The shape and dtype of x.
     """
-    cos, sin = rotary
-    partners = x.roll(x.shape[-1] // 2, dims=-1)
-    return (x * cos).addcmul_(partners, sin).to(x.dtype)  # few operators: a step of decoding waits
+    return ops.apply_rotary(x, *rotary)
 
 
 def _check_length(name: str, length: int, limit: int) -> None:

@@ -92,7 +92,10 @@ class ReversibleStack(nn.Module):
                 flag is not what it was, or its parameters are others (as after
                 ``torch.func.functional_call``, which takes ``reversible=False``) or frozen.
         """
-        x2 = x1 if x2 is None else x2
+        dtype = x1.dtype
+        stream_dtype = torch.promote_types(dtype, torch.float32)
+        x1 = x1.to(stream_dtype)
+        x2 = x1 if x2 is None else x2.to(stream_dtype)
         if f_kwargs is None:
             f_kwargs = [{}] * len(self.blocks)
         context = context or {}
@@ -101,9 +104,6 @@ class ReversibleStack(nn.Module):
                 f"ReversibleStack: expected f_kwargs for each of {len(self.blocks)} blocks, "
                 f"got {len(f_kwargs)}"
             )
-        dtype = x1.dtype
-        stream_dtype = torch.promote_types(dtype, torch.float32)
-        x1, x2 = x1.to(stream_dtype), x2.to(stream_dtype)
         calls = []
         for block, kwargs in zip(self.blocks, f_kwargs, strict=True):
             assert isinstance(block, ReversibleBlock)

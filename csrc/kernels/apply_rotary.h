@@ -1,0 +1,30 @@
+// Rotary position embeddings: turns the pairs (x[d], x[d + D/2]) of every row.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace reformer::kernels {
+
+// Rows [N, B, H, L] of D elements, contiguous; strides in elements.
+struct RotaryRows {
+  const void* data;
+  int64_t stride_n, stride_b, stride_h, stride_l;
+};
+
+// All rows aligned to 16 bytes, D/2 elements of x a multiple of that.
+struct ApplyRotaryParams {
+  RotaryRows x, out;
+  const float *cos, *sin;  // [B or 1, L, D], last dimension contiguous
+  int64_t cos_stride_b, cos_stride_l, sin_stride_b, sin_stride_l;  // stride_b 0: for all
+  DType dtype;
+  int64_t parts, batch, heads, length, head_dim;  // parts: N
+};
+
+// Enqueues; never synchronises or allocates.
+cudaError_t apply_rotary(const ApplyRotaryParams& params, cudaStream_t stream);
+
+}  // namespace reformer::kernels
