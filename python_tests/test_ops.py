@@ -402,7 +402,8 @@ def test_lsh_hash_of_few_positions_is_one_launch() -> None:
 
     call()
     launched = measure.kernels(call, "cuda")
-    assert sum(kernel["calls"] for kernel in launched.values()) == 1, launched
+    ours = [kernel["calls"] for name, kernel in launched.items() if "reformer::" in name]
+    assert ours == [1], launched
 
 
 @pytest.mark.parametrize(("device", "dtype"), device_dtypes())

@@ -47,13 +47,6 @@ struct Line {
     }
     return chunk;
   }
-  __device__ Chunk before(Chunk chunk) const {
-    if (--chunk.index < 0) {
-      chunk.index = chunks_per_round - 1;
-      if (--chunk.round < 0) chunk.round = rounds - 1;
-    }
-    return chunk;
-  }
   // Rows of the chunk; the last one of a round may be short.
   __device__ int rows(Chunk chunk) const {
     return min(kTileRows, length - chunk.index * kTileRows);

@@ -110,6 +110,19 @@ __device__ __forceinline__ void score_gradients(Fragments& gradients,
   }
 }
 
+// An accumulator in half the registers.
+template <int kColumns>
+using PackedTile = uint32_t[kColumns / 8][2];
+
+template <typename Element, int kGroups>
+__device__ __forceinline__ void pack_tile(uint32_t (&packed)[kGroups][2],
+                                          const float (&tile)[kGroups][4]) {
+#pragma unroll
+  for (int i = 0; i < 2 * kGroups; ++i) {
+    packed[i / 2][i % 2] = pack<Element>(tile[i / 2][i % 2 * 2], tile[i / 2][i % 2 * 2 + 1]);
+  }
+}
+
 // The thread's elements of a tile in shared memory, placed as an accumulator's.
 template <int kGroups>
 __device__ __forceinline__ void load_packed(uint32_t (&packed)[kGroups][2], const uint8_t* tile,

@@ -16,10 +16,6 @@ constexpr int kResidentBlocks = kHeadDim > 64        ? 2
                                                      : 4;
 constexpr int kLongestRun = 16;
 
-// Where there are registers for it, a chunk's rows leave while the next one's scores are computed.
-template <int kHeadDim, int kMasks>
-constexpr bool kStoresLate = kHeadDim != 64 || kMasks != kDropped;
-
 template <typename Element>
 struct ForwardArgs {
   Rows q, v;
@@ -44,7 +40,6 @@ struct ForwardShared {
   int no_positions[kTileRows];          // key positions of a chunk that has no predecessor
   int position[kPositionSlots][kTileRows];
   uint8_t staging[kWarps][kStagingBytes];
-  const uint8_t *q_rows, *v_rows;  // the head's: registers are short
 };
 
 // Logits in base 2 are at most |q| scale log2(e), as keys have unit length. Where that bound is no
@@ -165,10 +160,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
   const bool* padding = args.key_padding_mask == nullptr
                             ? nullptr
                             : args.key_padding_mask + int64_t{batch} * line.length;
-  if (threadIdx.x == 0) {
-    shared.q_rows = args.q.head(batch, head % args.heads);
-    shared.v_rows = args.v.head(batch, head % args.heads);
-  }
+  const uint8_t* q = args.q.head(batch, head % args.heads);
+  const uint8_t* v = args.v.head(batch, head % args.heads);
   Element* partial_out = args.partial_out + local_head * rows_per_head * kHeadDim;
   float* partial_lse = args.partial_lse + local_head * rows_per_head;
 
@@ -185,10 +178,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
     const auto& positions = shared.position[n % kPositionSlots];
     typename Copy<kHeadDim>::Positions copied;
     read_copied_positions<kHeadDim>(copied, positions, thread);
-    gather_tile<kHeadDim>(shared_address(shared.q[slot]), shared.q_rows, args.q.row_bytes, copied,
-                          thread);
-    gather_tile<kHeadDim>(shared_address(shared.v[slot]), shared.v_rows, args.v.row_bytes, copied,
-                          thread);
+    gather_tile<kHeadDim>(shared_address(shared.q[slot]), q, args.q.row_bytes, copied, thread);
+    gather_tile<kHeadDim>(shared_address(shared.v[slot]), v, args.v.row_bytes, copied, thread);
     if (thread < kTileRows) {
       const int position = positions[thread];
       const bool valid = thread < rows && !(padding != nullptr && padding[position]);
@@ -213,19 +204,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
   copy_async_wait_and_sync();
   const float first_square = row_square<Element, kHeadDim>(shared.q[0][0], threadIdx.x);
   shared.key_scale[0][threadIdx.x / 2] = args.scale_log2 * inverse_norm(first_square);
-
-  constexpr int kColumns = kTileColumns<kHeadDim>;
-  PackedTile<kColumns> finished[kParts];  // output rows
-  const auto store_finished = [&](uint32_t n, Chunk chunk, uint32_t thread) {
-    const uint32_t warp = thread / 32, first_row = 16 * warp;
-    Element* out = partial_out + int64_t{chunk.round} * line.length * kHeadDim;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      store_rows<Element, kColumns, kHeadDim>(
-          finished[part], out + part * kColumns, &shared.position[n % kPositionSlots][first_row],
-          line.rows(chunk) - static_cast<int>(first_row), shared.staging[warp], thread);
-    }
-  };
 
   for (uint32_t n = 1; n <= steps; ++n) {
     const uint32_t thread = renewed(threadIdx.x);
@@ -255,7 +233,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
     multiply_abt<Element>(previous_scores, query,
                           tile_descriptor(shared_address(shared.q[previous])));
 
-    if (kStoresLate<kHeadDim, kMasks> && n > 1) store_finished(n - 1, line.before(chunk), thread);
     int query_bounds[2];
     float squares[2], shifts[2], sums[2] = {0.0F, 0.0F};
     wgmma_wait<1>();
@@ -330,18 +307,19 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
       }
     }
     wgmma_wait<0>();
+    const uint32_t warp = thread / 32, first_row = 16 * warp;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
+      constexpr int kColumns = kTileColumns<kHeadDim>;
       pin(output[part]);
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) output[part][i / 4][i % 4] *= inverse_sums[i % 4 / 2];
-      pack_tile<Element>(finished[part], output[part]);
+      store_rows<Element, kColumns, kHeadDim>(
+          output[part], partial_out + round_begin * kHeadDim + part * kColumns,
+          &positions[first_row], rows - first_row, shared.staging[warp], thread);
     }
-    if constexpr (!kStoresLate<kHeadDim, kMasks>) store_finished(n, chunk, thread);
     chunk = line.next(chunk);
   }
-  if constexpr (kStoresLate<kHeadDim, kMasks>)
-    store_finished(steps, line.before(chunk), threadIdx.x);
 #endif
 }
 

@@ -355,24 +355,11 @@ __device__ __forceinline__ float quad_max(float x) {
 
 inline constexpr int kStagingBytes = 8 * 128;  // per warp
 
-// An accumulator in half the registers.
-template <int kColumns>
-using PackedTile = uint32_t[kColumns / 8][2];
-
-template <typename Element, int kGroups>
-__device__ __forceinline__ void pack_tile(uint32_t (&packed)[kGroups][2],
-                                          const float (&tile)[kGroups][4]) {
-#pragma unroll
-  for (int i = 0; i < 2 * kGroups; ++i) {
-    packed[i / 2][i % 2] = pack<Element>(tile[i / 2][i % 2 * 2], tile[i / 2][i % 2 * 2 + 1]);
-  }
-}
-
 // Writes the warp's first `count` of 16 rows of a tile of kColumns columns to the rows at
 // `positions`, kRowColumns elements each. Through the warp's staging memory, eight rows at a time,
 // so that eight lanes write a whole row; streamed, as partial results are read once and much later.
 template <typename Element, int kColumns, int kRowColumns = kColumns>
-__device__ __forceinline__ void store_rows(const PackedTile<kColumns>& tile, Element* rows,
+__device__ __forceinline__ void store_rows(const AccumulatorOf<kColumns>& tile, Element* rows,
                                            const int* positions, int count, uint8_t* staging,
                                            uint32_t thread) {
   const uint32_t lane = thread % 32, row = lane / 8, piece = lane % 8;
@@ -381,8 +368,11 @@ __device__ __forceinline__ void store_rows(const PackedTile<kColumns>& tile, Ele
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int j = 0; j < kColumns / 8; j += 4) {
-      const uint32_t words[4] = {tile[j][half], tile[j + 1][half], tile[j + 2][half],
-                                 tile[j + 3][half]};
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words[i] = pack<Element>(tile[j + i][2 * half], tile[j + i][2 * half + 1]);
+      }
       store_matrices(shared_address(staging) + swizzled(lane % 8, j + lane / 8), words);
     }
     __syncwarp();
@@ -396,14 +386,6 @@ __device__ __forceinline__ void store_rows(const PackedTile<kColumns>& tile, Ele
     }
     __syncwarp();
   }
-}
-template <typename Element, int kColumns, int kRowColumns = kColumns>
-__device__ __forceinline__ void store_rows(const AccumulatorOf<kColumns>& tile, Element* rows,
-                                           const int* positions, int count, uint8_t* staging,
-                                           uint32_t thread) {
-  PackedTile<kColumns> packed;
-  pack_tile<Element>(packed, tile);
-  store_rows<Element, kColumns, kRowColumns>(packed, rows, positions, count, staging, thread);
 }
 
 }  // namespace reformer::kernels::sm90
