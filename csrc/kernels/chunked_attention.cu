@@ -347,6 +347,19 @@ cudaError_t launch_positions(const ChunkedAttentionParams& params, int64_t head_
   return cudaErrorInvalidValue;
 }
 
+// The instances of the main kernels.
+struct MainKernels {
+  decltype(&generic_forward) forward;
+  decltype(&generic_backward) backward;
+  bool generic;
+};
+
+MainKernels main_kernels(const ChunkedAttentionParams& params) {
+  if (sm90_supports(params)) return {sm90_forward, sm90_backward, false};
+  if (sm80_supports(params)) return {sm80_forward, sm80_backward, false};
+  return {generic_forward, generic_backward, true};
+}
+
 bool is_shared_qk(const ChunkedAttentionParams& params) { return params.k.data == nullptr; }
 
 // Within one round a window is a set, so that only several rounds can hold a pair twice.
@@ -387,12 +400,12 @@ struct ForwardWorkspace {
   int32_t* chunk_numbers = nullptr;
   int64_t bytes;
 
-  ForwardWorkspace(const ChunkedAttentionParams& params, int64_t heads, bool sm90, void* base) {
+  ForwardWorkspace(const ChunkedAttentionParams& params, int64_t heads, bool generic, void* base) {
     Arena arena(base);
     const int64_t positions = heads * params.length, rows = positions * params.rounds;
     stage.partial_out = arena.take<void>(rows * params.head_dim, element_size(params.dtype));
     stage.partial_lse = arena.take<float>(rows);
-    if (is_shared_qk(params) && !sm90) stage.key_scale = key_scale = arena.take<float>(positions);
+    if (is_shared_qk(params) && generic) stage.key_scale = key_scale = arena.take<float>(positions);
     if (corrects_duplicates(params))
       stage.chunk_numbers = chunk_numbers = arena.take<int32_t>(rows);
     bytes = arena.bytes();
@@ -405,7 +418,7 @@ struct BackwardWorkspace {
   int32_t* chunk_numbers = nullptr;
   int64_t bytes;
 
-  BackwardWorkspace(const ChunkedAttentionBackwardParams& params, int64_t heads, bool sm90,
+  BackwardWorkspace(const ChunkedAttentionBackwardParams& params, int64_t heads, bool generic,
                     void* base) {
     Arena arena(base);
     const int64_t positions = heads * params.length, rows = positions * params.rounds;
@@ -414,7 +427,7 @@ struct BackwardWorkspace {
     };
     stage.row_stats = row_stats = arena.take<RowStats>(positions);
     stage.partial_q = take_partial();
-    if (!is_shared_qk(params) || !sm90) stage.partial_k = take_partial();
+    if (!is_shared_qk(params) || generic) stage.partial_k = take_partial();
     stage.partial_v = take_partial();
     if (corrects_duplicates(params))
       stage.chunk_numbers = chunk_numbers = arena.take<int32_t>(rows);
@@ -428,12 +441,12 @@ int64_t heads_per_group(const ChunkedAttentionParams& params, int64_t bytes_per_
                    params.batch * params.heads, kLargestGrid});
 }
 
-int64_t forward_group(const ChunkedAttentionParams& params, bool sm90) {
-  return heads_per_group(params, ForwardWorkspace(params, 1, sm90, nullptr).bytes);
+int64_t forward_group(const ChunkedAttentionParams& params, bool generic) {
+  return heads_per_group(params, ForwardWorkspace(params, 1, generic, nullptr).bytes);
 }
 
-int64_t backward_group(const ChunkedAttentionBackwardParams& params, bool sm90) {
-  return heads_per_group(params, BackwardWorkspace(params, 1, sm90, nullptr).bytes);
+int64_t backward_group(const ChunkedAttentionBackwardParams& params, bool generic) {
+  return heads_per_group(params, BackwardWorkspace(params, 1, generic, nullptr).bytes);
 }
 
 cudaError_t number_chunks(const ChunkedAttentionParams& params, int64_t head_begin,
@@ -444,9 +457,9 @@ cudaError_t number_chunks(const ChunkedAttentionParams& params, int64_t head_beg
   return cudaGetLastError();
 }
 
-cudaError_t forward_heads(const ChunkedAttentionParams& params, bool sm90, int64_t head_begin,
-                          int64_t head_count, cudaStream_t stream) {
-  ForwardWorkspace workspace(params, head_count, sm90, params.workspace);
+cudaError_t forward_heads(const ChunkedAttentionParams& params, const MainKernels& kernels,
+                          int64_t head_begin, int64_t head_count, cudaStream_t stream) {
+  ForwardWorkspace workspace(params, head_count, kernels.generic, params.workspace);
   ForwardStage& stage = workspace.stage;
   stage.head_begin = head_begin;
   stage.head_count = head_count;
@@ -464,7 +477,7 @@ cudaError_t forward_heads(const ChunkedAttentionParams& params, bool sm90, int64
                              workspace.key_scale);
     if (error != cudaSuccess) return error;
   }
-  error = sm90 ? sm90_forward(params, stage, stream) : generic_forward(params, stage, stream);
+  error = kernels.forward(params, stage, stream);
   if (error != cudaSuccess) return error;
   const auto combine = [](auto element, auto lanes) {
     return combine_kernel<decltype(element), lanes()>;
@@ -472,9 +485,9 @@ cudaError_t forward_heads(const ChunkedAttentionParams& params, bool sm90, int64
   return launch_positions(params, head_count, stream, combine, params, stage);
 }
 
-cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm90,
+cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, const MainKernels& kernels,
                            int64_t head_begin, int64_t head_count, cudaStream_t stream) {
-  BackwardWorkspace workspace(params, head_count, sm90, params.workspace);
+  BackwardWorkspace workspace(params, head_count, kernels.generic, params.workspace);
   BackwardStage& stage = workspace.stage;
   stage.head_begin = head_begin;
   stage.head_count = head_count;
@@ -490,7 +503,7 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm
   error = launch_positions(params, head_count, stream, row_stats, params, head_begin,
                            workspace.row_stats);
   if (error != cudaSuccess) return error;
-  error = sm90 ? sm90_backward(params, stage, stream) : generic_backward(params, stage, stream);
+  error = kernels.backward(params, stage, stream);
   if (error != cudaSuccess) return error;
   const auto reduce = [](auto element, auto lanes) {
     return reduce_kernel<decltype(element), lanes()>;
@@ -502,25 +515,25 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm
 
 int64_t chunked_attention_forward_workspace(const ChunkedAttentionParams& params) {
   if (!is_valid(params) || local_sm90_supports(params)) return 0;
-  const bool sm90 = sm90_supports(params);
-  return ForwardWorkspace(params, forward_group(params, sm90), sm90, nullptr).bytes;
+  const bool generic = main_kernels(params).generic;
+  return ForwardWorkspace(params, forward_group(params, generic), generic, nullptr).bytes;
 }
 
 int64_t chunked_attention_backward_workspace(const ChunkedAttentionBackwardParams& params) {
   if (!is_valid(params)) return 0;
   if (local_sm90_supports(params)) return local_sm90_backward_workspace(params);
-  const bool sm90 = sm90_supports(params);
-  return BackwardWorkspace(params, backward_group(params, sm90), sm90, nullptr).bytes;
+  const bool generic = main_kernels(params).generic;
+  return BackwardWorkspace(params, backward_group(params, generic), generic, nullptr).bytes;
 }
 
 cudaError_t chunked_attention_forward(const ChunkedAttentionParams& params, cudaStream_t stream) {
   if (!is_valid(params)) return cudaErrorInvalidValue;
   if (local_sm90_supports(params)) return local_sm90_forward(params, stream);
-  const bool sm90 = sm90_supports(params);
-  const int64_t heads = params.batch * params.heads, group = forward_group(params, sm90);
+  const MainKernels kernels = main_kernels(params);
+  const int64_t heads = params.batch * params.heads, group = forward_group(params, kernels.generic);
   for (int64_t head = 0; head < heads; head += group) {
     const cudaError_t error =
-        forward_heads(params, sm90, head, std::min(group, heads - head), stream);
+        forward_heads(params, kernels, head, std::min(group, heads - head), stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -530,11 +543,12 @@ cudaError_t chunked_attention_backward(const ChunkedAttentionBackwardParams& par
                                        cudaStream_t stream) {
   if (!is_valid(params)) return cudaErrorInvalidValue;
   if (local_sm90_supports(params)) return local_sm90_backward(params, stream);
-  const bool sm90 = sm90_supports(params);
-  const int64_t heads = params.batch * params.heads, group = backward_group(params, sm90);
+  const MainKernels kernels = main_kernels(params);
+  const int64_t heads = params.batch * params.heads,
+                group = backward_group(params, kernels.generic);
   for (int64_t head = 0; head < heads; head += group) {
     const cudaError_t error =
-        backward_heads(params, sm90, head, std::min(group, heads - head), stream);
+        backward_heads(params, kernels, head, std::min(group, heads - head), stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

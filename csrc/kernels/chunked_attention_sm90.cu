@@ -1,5 +1,5 @@
-// Where the wgmma instances of chunked attention apply.
-#include "chunked_attention_sm90_masks.cuh"
+// Where the wgmma and mma.sync instances of chunked attention apply.
+#include "chunked_attention_shared_backward.cuh"
 
 namespace reformer::kernels {
 namespace sm90 {
@@ -28,25 +28,36 @@ bool takes_masks(const ChunkedAttentionParams& params) {
 
 bool is_half(DType dtype) { return dtype == DType::f16 || dtype == DType::bf16; }
 
+// Whether the algorithm does, for these head dims.
+template <int... kHeadDims>
+bool suits(const ChunkedAttentionParams& params) {
+  const bool sizes = ((params.head_dim == kHeadDims) || ...) && params.chunk_size == kTileRows &&
+                     params.look_back == 1 && params.look_ahead == 0 &&
+                     params.length < (int64_t{1} << 30) &&
+                     params.rounds * (params.length / kTileRows + 1) < (int64_t{1} << 30) &&
+                     params.batch * params.heads < (int64_t{1} << 16);
+  const bool flags = is_half(params.dtype) && params.k.data == nullptr &&
+                     !params.correct_duplicates && params.scale > 0.0F;
+  const bool strides =
+      params.q.stride_l <= kLargestRowStride && params.v.stride_l <= kLargestRowStride;
+  // Wrapping a line of one chunk would count that chunk twice.
+  const bool twice = params.wrap && params.rounds == 1 && params.length <= params.chunk_size;
+  return sizes && flags && strides && !twice;
+}
+
 }  // namespace
 }  // namespace sm90
 
 bool sm90_supports(const ChunkedAttentionParams& params) {
-  const int64_t dim = params.head_dim;
-  const bool sizes = (dim == 32 || dim == 64 || dim == 128) && params.chunk_size == 64 &&
-                     params.look_back == 1 && params.look_ahead == 0 &&
-                     params.length < (int64_t{1} << 30) &&
-                     params.rounds * (params.length / 64 + 1) < (int64_t{1} << 30) &&
-                     params.batch * params.heads < (int64_t{1} << 16);
-  const bool flags =
-      sm90::is_half(params.dtype) && params.k.data == nullptr && !params.correct_duplicates &&
-      (sm90::masks_of(params) == sm90::kPlain || sm90::takes_masks(params)) && params.scale > 0.0F;
-  const bool strides =
-      params.q.stride_l <= sm90::kLargestRowStride && params.v.stride_l <= sm90::kLargestRowStride;
-  if (!sizes || !flags || !strides) return false;
-  // Wrapping a line of one chunk would count that chunk twice.
-  if (params.wrap && params.rounds == 1 && params.length <= params.chunk_size) return false;
-  return sm90::has_wgmma();
+  return sm90::suits<32, 64, 128>(params) &&
+         (sm90::masks_of(params) == sm90::kPlain || sm90::takes_masks(params)) && sm90::has_wgmma();
+}
+
+bool sm80_supports(const ChunkedAttentionParams& params) {
+  DeviceTraits traits{};
+  return sm90::suits<32, 64>(params) && sm90::masks_of(params) == sm90::kPlain &&
+         current_device_traits(&traits) == cudaSuccess && traits.major >= 8 &&
+         traits.shared_memory >= static_cast<int>(sizeof(sm90::BackwardShared<sm90::kPlain>));
 }
 
 bool local_sm90_supports(const ChunkedAttentionParams& params) {

@@ -1,0 +1,279 @@
+// Backward main kernel of chunked attention: shared QK, chunks of 64, one chunk back, head dims up
+// to
+// 64. For either unit of tensor cores: Wgmma or MmaSync.
+//
+// Key-major: a key chunk meets the queries of its own and of the next chunk, transposed so that P^T
+// and dS^T stay in registers as operands of dV += P^T dO and dK += dS^T Q. Only dS^T passes through
+// shared memory, for dQ += dS K. A chunk's dQ begins with the previous chunk's keys and ends with
+// its own, where dK and dV are complete too: one row of each per (round, position), and no atomics.
+#pragma once
+
+#include "chunked_attention_sm90_backward.cuh"
+
+namespace reformer::kernels::sm90 {
+
+enum Tile { kQ, kV, kGradOut, kTiles };
+
+struct PlainShared {
+  uint8_t tiles[kSlots][kTiles][kTileBytes];
+  uint8_t score_gradients[2][kTileBytes];  // dS^T
+  uint8_t staging[kWarps][kStagingBytes];
+  RowStats stats[kSlots][kTileRows];
+  int position[kPositionSlots][kTileRows];
+};
+
+// Masked instances have no registers for pointers to the head's rows.
+template <int kMasks>
+struct BackwardShared : PlainShared, MaskRows<kMasks> {
+  const uint8_t* rows[kTiles];
+};
+template <>
+struct BackwardShared<kPlain> : PlainShared, MaskRows<kPlain> {};
+
+// grad_k, projected, plus grad_q. Result in grad_k.
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ void add_projected(AccumulatorOf<kHeadDim>& grad_k,
+                                              const PackedTile<kHeadDim>& grad_q,
+                                              const uint8_t* q_tile, uint32_t upper_row,
+                                              const float (&key_scales)[2], uint32_t thread) {
+  PackedTile<kHeadDim> q;
+  load_packed(q, q_tile, upper_row, thread);
+  float factors[2] = {0.0F, 0.0F};
+  add_dots<Element>(factors, grad_k, q);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    factors[half] = projection(quad_sum(factors[half]), key_scales[half]);
+  }
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 4; ++i) {
+    const int j = i / 2, half = i % 2;
+    const float2 pair = unpack<Element>(q[j][half]), sum = unpack<Element>(grad_q[j][half]);
+    grad_k[j][2 * half] += sum.x - factors[half] * pair.x;
+    grad_k[j][2 * half + 1] += sum.y - factors[half] * pair.y;
+  }
+}
+
+// The body of the kernel.
+template <typename Unit, int kHeadDim, bool kCausal, int kMasks>
+__device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit::Element>& args) {
+  using Element = typename Unit::Element;
+  wait_for_previous_kernel();
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  using Shared = BackwardShared<kMasks>;
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  const Line& line = args.line;
+
+  const int first_chunk = blockIdx.x * args.run_length;
+  const uint32_t steps = min(args.run_length, line.chunks() - first_chunk);
+  const int local_head = blockIdx.y, head = args.head_begin + local_head, batch = head / args.heads;
+  const int64_t rows_per_head = int64_t{line.rounds} * line.length;
+
+  const int32_t* order =
+      args.order == nullptr ? nullptr : args.order + int64_t{head} * rows_per_head;
+  const uint8_t* q = args.q.head(batch, head % args.heads);
+  const uint8_t* v = args.v.head(batch, head % args.heads);
+  const uint8_t* grad_out = args.grad_out.head(batch, head % args.heads);
+  const RowStats* row_stats = args.row_stats + int64_t{local_head} * line.length;
+  Element* partial_q = args.partial_q + local_head * rows_per_head * kHeadDim;
+  Element* partial_v = args.partial_v + local_head * rows_per_head * kHeadDim;
+
+  // Chunks are numbered from the run's predecessor on. While the keys of chunk n meet the queries
+  // of chunk n + 1, chunk n + 2 is copied and the positions of chunk n + 4 are loaded.
+  Chunk chunk = line.at(first_chunk), ahead = line.at(first_chunk - 1);
+  // Masked instances have no registers for all the pointers that live through the loop: the first
+  // row of a round in [B * H, R, L], and of a stage's head in [head_count, R, L].
+  const auto round_begin_of = [&](int round) {
+    const int64_t rounds_before = int64_t{args.head_begin + renewed(blockIdx.y)} * line.rounds;
+    return (rounds_before + round) * line.length;
+  };
+  const auto stage_row = [&] { return int64_t{renewed(blockIdx.y)} * line.rounds * line.length; };
+  const auto load_position = [&] {
+    const int slot = ahead.index * kTileRows + threadIdx.x;
+    const int32_t* orders = order;
+    if constexpr (kMasks != kPlain) {
+      orders = args.order == nullptr ? nullptr : args.order + round_begin_of(0);
+    }
+    return threadIdx.x < kTileRows ? position_at(line, orders, ahead.round, slot) : 0;
+  };
+  const auto store_position = [&](uint32_t n, int position) {
+    if (threadIdx.x < kTileRows) shared.position[n % kPositionSlots][threadIdx.x] = position;
+  };
+  const auto gather = [&](uint32_t n, uint32_t rows, int round, uint32_t thread) {
+    const uint32_t slot = n % kSlots;
+    const auto& positions = shared.position[n % kPositionSlots];
+    auto& tiles = shared.tiles[slot];
+    typename Copy<kHeadDim>::Positions copied;
+    read_copied_positions<kHeadDim>(copied, positions, thread);
+    const uint8_t* rows_of[kTiles] = {q, v, grad_out};
+    if constexpr (kMasks != kPlain) {
+      for (int tile = 0; tile < kTiles; ++tile) rows_of[tile] = shared.rows[tile];
+    }
+    gather_tile<kHeadDim>(shared_address(tiles[kQ]), rows_of[kQ], args.q.row_bytes, copied, thread);
+    gather_tile<kHeadDim>(shared_address(tiles[kV]), rows_of[kV], args.v.row_bytes, copied, thread);
+    gather_tile<kHeadDim>(shared_address(tiles[kGradOut]), rows_of[kGradOut],
+                          args.grad_out.row_bytes, copied, thread);
+    if (thread < rows) {
+      copy_async<16>(shared_address(&shared.stats[slot][thread]), row_stats + positions[thread]);
+    } else if (thread < kTileRows) {
+      shared.stats[slot][thread] = {INFINITY, 0.0F, 0.0F, 1.0F};  // past the end: no weight, no key
+    }
+    if (kMasks != kPlain && thread < kTileRows) {
+      shared.fetch(args.masks, round_begin_of(round), round, slot, thread, positions[thread]);
+    }
+    copy_async_commit();
+  };
+
+  if constexpr (kMasks != kPlain) {
+    if (threadIdx.x == 0) {
+      shared.begin(args.masks, head);
+      shared.rows[kQ] = q;
+      shared.rows[kV] = v;
+      shared.rows[kGradOut] = grad_out;
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    store_position(n, load_position());
+    ahead = line.next(ahead);
+  }
+  __syncthreads();
+  gather(0, line.rows(line.at(first_chunk - 1)), line.at(first_chunk - 1).round, threadIdx.x);
+  gather(1, line.rows(chunk), chunk.round, threadIdx.x);
+  int pending_position = load_position();
+
+  AccumulatorOf<kHeadDim> grad_q, grad_k, grad_v;
+  uint32_t buffer = 0;  // of score_gradients
+
+  // The keys of chunk `keys` meet the queries of chunk `queries`. First products start a sum, later
+  // ones add to it. Leaves the product for grad_q running.
+  const auto attend = [&](uint32_t keys, uint32_t queries, bool neighbours, auto with_key_gradients,
+                          bool add_to_keys, bool add_to_queries) {
+    constexpr bool kWithKeyGradients = decltype(with_key_gradients)::value;
+    const uint32_t thread = renewed(threadIdx.x);
+    // The first of the thread's two rows; the other is 8 below.
+    const uint32_t upper_row = thread / 32 * 16 + thread % 32 / 4;
+    const uint32_t key_slot = keys % kSlots, query_slot = queries % kSlots;
+    const auto operand = [&](uint32_t slot, Tile tile) {
+      return Unit::operand(shared.tiles[slot][tile], thread);
+    };
+
+    PairBits bits{};
+    if constexpr (kMasks != kPlain) {
+      int bounds[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t row = upper_row + 8 * half;
+        bounds[half] =
+            key_bound<kCausal>(line, shared.position[keys % kPositionSlots][row],
+                               neighbours && shared.stats[key_slot][row].is_padding == 0.0F);
+      }
+      bits =
+          pair_bits<false, kCausal>(shared, args.masks, key_slot, query_slot, bounds,
+                                    shared.position[queries % kPositionSlots], upper_row, thread);
+    }
+
+    Accumulator scores, weight_gradients;
+    Unit::fence();
+    Unit::template multiply_abt<kHeadDim / 16>(scores, operand(key_slot, kQ),
+                                               operand(query_slot, kQ));
+    Unit::template multiply_abt<kHeadDim / 16>(weight_gradients, operand(key_slot, kV),
+                                               operand(query_slot, kGradOut));
+
+    float logit_scales[2], gradient_scales[2];
+    int key_bounds[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t row = upper_row + 8 * half;
+      const RowStats& stats = shared.stats[key_slot][row];
+      logit_scales[half] = stats.key_scale * args.scale_log2;
+      gradient_scales[half] = gradient_scale<Element>(stats.key_scale, args.scale);
+      key_bounds[half] = key_bound<kCausal>(line, shared.position[keys % kPositionSlots][row],
+                                            neighbours && stats.is_padding == 0.0F);
+    }
+    Fragments weights, gradients;
+    Unit::template wait<1>();
+    Unit::pin(scores);
+    const auto pairs = [&] {
+      return Pairs<false, kCausal, kMasks>(shared.position[queries % kPositionSlots], key_bounds,
+                                           bits)
+          .renewed();
+    };
+    recompute_weights<Element>(weights, scores, logit_scales, gradient_scales, pairs(),
+                               shared.stats[query_slot], thread);
+    if constexpr (kWithKeyGradients) {
+      Unit::fence();
+      Unit::multiply_ab(grad_v, weights, operand(query_slot, kGradOut), add_to_keys);
+      Unit::template wait<1>();
+    } else {
+      Unit::template wait<0>();
+    }
+    Unit::pin(weight_gradients);
+    score_gradients<Element>(gradients, scores, weight_gradients, pairs(), args.masks.dropout_scale,
+                             shared.stats[query_slot], thread);
+    uint8_t* score_tile = shared.score_gradients[buffer];
+    Unit::store_fragments(shared_address(score_tile), gradients, thread);
+    if constexpr (kWithKeyGradients) {
+      Unit::fence();
+      Unit::multiply_ab(grad_k, gradients, operand(query_slot, kQ), add_to_keys);
+    }
+    Unit::fence_shared();
+    __syncthreads();
+    Unit::fence();
+    Unit::multiply_atb(grad_q, Unit::operand(score_tile, thread), operand(key_slot, kQ),
+                       add_to_queries);
+    buffer ^= 1;
+  };
+
+  Unit::copy_async_wait_and_sync();
+  gather(2, line.rows(line.next(chunk)), line.next(chunk).round, threadIdx.x);
+  attend(0, 1, line.has_previous(chunk), std::false_type{}, false, false);
+  for (uint32_t n = 1; n <= steps; ++n) {
+    attend(n, n, true, std::true_type{}, false, true);
+    PackedTile<kHeadDim> grad_q_rows;
+    Unit::template wait<0>();
+    Unit::pin(grad_q);
+    pack_tile<Element>(grad_q_rows, grad_q);
+
+    // Chunk n - 1 is done with in every warp: its slot takes chunk n + 2.
+    const Chunk next = line.next(chunk);
+    store_position(n + 3, pending_position);
+    Unit::copy_async_wait_and_sync();
+    if (n < steps) {
+      gather(n + 2, line.rows(line.next(next)), line.next(next).round, renewed(threadIdx.x));
+    }
+    ahead = line.next(ahead);
+    pending_position = load_position();
+    attend(n, n + 1, line.has_previous(next), std::true_type{}, true, false);
+
+    Unit::template wait<1>();  // all but grad_q of chunk n + 1
+    Unit::pin(grad_k);
+    Unit::pin(grad_v);
+    const uint32_t thread = renewed(threadIdx.x);
+    const uint32_t upper_row = thread / 32 * 16 + thread % 32 / 4, slot = n % kSlots;
+    const float key_scales[2] = {shared.stats[slot][upper_row].key_scale,
+                                 shared.stats[slot][upper_row + 8].key_scale};
+    add_projected<Element, kHeadDim>(grad_k, grad_q_rows, shared.tiles[slot][kQ], upper_row,
+                                     key_scales, thread);
+    const uint32_t warp = thread / 32, first_row = 16 * warp;
+    const int* positions = &shared.position[n % kPositionSlots][first_row];
+    const int64_t round_begin = int64_t{chunk.round} * line.length * kHeadDim;
+    const int count = line.rows(chunk) - static_cast<int>(first_row);
+    Element *rows_q = partial_q, *rows_v = partial_v;
+    if constexpr (kMasks != kPlain) {
+      rows_q = args.partial_q + stage_row() * kHeadDim;
+      rows_v = args.partial_v + stage_row() * kHeadDim;
+    }
+    store_rows<Unit, kHeadDim>(grad_k, rows_q + round_begin, positions, count, shared.staging[warp],
+                               thread);
+    if constexpr (kMasks & kDropout) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) grad_v[i / 4][i % 4] *= args.masks.dropout_scale;
+    }
+    store_rows<Unit, kHeadDim>(grad_v, rows_v + round_begin, positions, count, shared.staging[warp],
+                               thread);
+    chunk = next;
+  }
+  Unit::template wait<0>();
+}
+
+}  // namespace reformer::kernels::sm90
