@@ -14,7 +14,9 @@ namespace reformer::kernels::sm90 {
 
 enum Tile { kQ, kV, kGradOut, kTiles };
 
-struct PlainShared {
+template <bool kOperandsInRegisters>
+struct PlainBackwardShared {
+  static constexpr int kGradOutTile = kGradOut;
   uint8_t tiles[kSlots][kTiles][kTileBytes];
   uint8_t score_gradients[2][kTileBytes];  // dS^T
   uint8_t staging[kWarps][kStagingBytes];
@@ -22,13 +24,28 @@ struct PlainShared {
   int position[kPositionSlots][kTileRows];
 };
 
+// The values stay in registers for a chunk's two products with them, so that two slots do for their
+// tiles; and one tile does for dS^T, as its product is done at once. Two blocks fit an A100's
+// multiprocessor.
+template <>
+struct PlainBackwardShared<true> {
+  static constexpr int kGradOutTile = 1;
+  uint8_t tiles[kSlots][2][kTileBytes];
+  uint8_t values[2][kTileBytes];
+  uint8_t score_gradients[1][kTileBytes];
+  uint8_t staging[kWarps][kStagingBytes];
+  RowStats stats[kSlots][kTileRows];
+  int position[kPositionSlots][kTileRows];
+};
+
 // Masked instances have no registers for pointers to the head's rows.
-template <int kMasks>
-struct BackwardShared : PlainShared, MaskRows<kMasks> {
+template <typename Unit, int kMasks>
+struct BackwardShared : PlainBackwardShared<Unit::kOperandsInRegisters>, MaskRows<kMasks> {
   const uint8_t* rows[kTiles];
 };
-template <>
-struct BackwardShared<kPlain> : PlainShared, MaskRows<kPlain> {};
+template <typename Unit>
+struct BackwardShared<Unit, kPlain> : PlainBackwardShared<Unit::kOperandsInRegisters>,
+                                      MaskRows<kPlain> {};
 
 // grad_k, projected, plus grad_q. Result in grad_k.
 template <typename Element, int kHeadDim>
@@ -59,7 +76,7 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
   using Element = typename Unit::Element;
   wait_for_previous_kernel();
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  using Shared = BackwardShared<kMasks>;
+  using Shared = BackwardShared<Unit, kMasks>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const Line& line = args.line;
 
@@ -109,8 +126,14 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
       for (int tile = 0; tile < kTiles; ++tile) rows_of[tile] = shared.rows[tile];
     }
     gather_tile<kHeadDim>(shared_address(tiles[kQ]), rows_of[kQ], args.q.row_bytes, copied, thread);
-    gather_tile<kHeadDim>(shared_address(tiles[kV]), rows_of[kV], args.v.row_bytes, copied, thread);
-    gather_tile<kHeadDim>(shared_address(tiles[kGradOut]), rows_of[kGradOut],
+    if constexpr (Unit::kOperandsInRegisters) {
+      gather_tile<kHeadDim>(shared_address(shared.values[n % 2]), rows_of[kV], args.v.row_bytes,
+                            copied, thread);
+    } else {
+      gather_tile<kHeadDim>(shared_address(tiles[kV]), rows_of[kV], args.v.row_bytes, copied,
+                            thread);
+    }
+    gather_tile<kHeadDim>(shared_address(tiles[Shared::kGradOutTile]), rows_of[kGradOut],
                           args.grad_out.row_bytes, copied, thread);
     if (thread < rows) {
       copy_async<16>(shared_address(&shared.stats[slot][thread]), row_stats + positions[thread]);
@@ -142,7 +165,13 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
   int pending_position = load_position();
 
   AccumulatorOf<kHeadDim> grad_q, grad_k, grad_v;
-  uint32_t buffer = 0;  // of score_gradients
+  uint32_t buffer = 0;           // of score_gradients
+  FragmentsOf<kHeadDim> values;  // of the keys, if operands are in registers
+  const auto load_values = [&](uint32_t keys) {
+    if constexpr (Unit::kOperandsInRegisters) {
+      load_fragments(values, shared_address(shared.values[keys % 2]), renewed(threadIdx.x));
+    }
+  };
 
   // The keys of chunk `keys` meet the queries of chunk `queries`. First products start a sum, later
   // ones add to it. Leaves the product for grad_q running.
@@ -153,7 +182,7 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
     // The first of the thread's two rows; the other is 8 below.
     const uint32_t upper_row = thread / 32 * 16 + thread % 32 / 4;
     const uint32_t key_slot = keys % kSlots, query_slot = queries % kSlots;
-    const auto operand = [&](uint32_t slot, Tile tile) {
+    const auto operand = [&](uint32_t slot, int tile) {
       return Unit::operand(shared.tiles[slot][tile], thread);
     };
 
@@ -176,8 +205,12 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
     Unit::fence();
     Unit::template multiply_abt<kHeadDim / 16>(scores, operand(key_slot, kQ),
                                                operand(query_slot, kQ));
-    Unit::template multiply_abt<kHeadDim / 16>(weight_gradients, operand(key_slot, kV),
-                                               operand(query_slot, kGradOut));
+    if constexpr (Unit::kOperandsInRegisters) {
+      Unit::multiply_abt(weight_gradients, values, operand(query_slot, Shared::kGradOutTile));
+    } else {
+      Unit::template multiply_abt<kHeadDim / 16>(weight_gradients, operand(key_slot, kV),
+                                                 operand(query_slot, Shared::kGradOutTile));
+    }
 
     float logit_scales[2], gradient_scales[2];
     int key_bounds[2];
@@ -202,7 +235,7 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
                                shared.stats[query_slot], thread);
     if constexpr (kWithKeyGradients) {
       Unit::fence();
-      Unit::multiply_ab(grad_v, weights, operand(query_slot, kGradOut), add_to_keys);
+      Unit::multiply_ab(grad_v, weights, operand(query_slot, Shared::kGradOutTile), add_to_keys);
       Unit::template wait<1>();
     } else {
       Unit::template wait<0>();
@@ -211,6 +244,10 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
     score_gradients<Element>(gradients, scores, weight_gradients, pairs(), args.masks.dropout_scale,
                              shared.stats[query_slot], thread);
     uint8_t* score_tile = shared.score_gradients[buffer];
+    // Has every warp read the last one? The other pairs follow a barrier.
+    if constexpr (Unit::kOperandsInRegisters) {
+      if (keys == queries) __syncthreads();
+    }
     Unit::store_fragments(shared_address(score_tile), gradients, thread);
     if constexpr (kWithKeyGradients) {
       Unit::fence();
@@ -221,13 +258,16 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
     Unit::fence();
     Unit::multiply_atb(grad_q, Unit::operand(score_tile, thread), operand(key_slot, kQ),
                        add_to_queries);
-    buffer ^= 1;
+    if constexpr (!Unit::kOperandsInRegisters) buffer ^= 1;
   };
 
   Unit::copy_async_wait_and_sync();
+  load_values(0);
+  if constexpr (Unit::kOperandsInRegisters) __syncthreads();
   gather(2, line.rows(line.next(chunk)), line.next(chunk).round, threadIdx.x);
   attend(0, 1, line.has_previous(chunk), std::false_type{}, false, false);
   for (uint32_t n = 1; n <= steps; ++n) {
+    load_values(n);
     attend(n, n, true, std::true_type{}, false, true);
     PackedTile<kHeadDim> grad_q_rows;
     Unit::template wait<0>();

@@ -38,9 +38,9 @@ struct ForwardArgs {
 
 // Shared memory: a ring of chunks, each the tiles of q (queries and keys) and those of v, and their
 // constants.
-template <int kHeadDim>
-struct PlainShared {
-  uint8_t q[kSlots][kTilesPerRow<kHeadDim>][kTileBytes];
+template <int kHeadDim, int kQueries>
+struct PlainForwardShared {
+  uint8_t q[kQueries][kTilesPerRow<kHeadDim>][kTileBytes];
   uint8_t v[kSlots][kTilesPerRow<kHeadDim>][kTileBytes];
   float key_scale[kSlots][kTileRows];   // scale * log2(e) / |q|
   int key_position[kSlots][kTileRows];  // kInvalidKey: nobody may attend to it
@@ -49,8 +49,13 @@ struct PlainShared {
   uint8_t staging[kWarps][kStagingBytes];
 };
 
-template <int kHeadDim, int kMasks>
-struct ForwardShared : PlainShared<kHeadDim>, MaskRows<kMasks> {};
+// Where products are done at once, the next chunk takes the place of the previous one as soon as
+// there are scores: less shared memory, for multiprocessors that have little.
+template <typename Unit>
+constexpr int kQuerySlots = Unit::kOperandsInRegisters ? 2 : kSlots;
+
+template <typename Unit, int kHeadDim, int kMasks>
+struct ForwardShared : PlainForwardShared<kHeadDim, kQuerySlots<Unit>>, MaskRows<kMasks> {};
 
 // Logits in base 2 are at most |q| scale log2(e), as keys have unit length. Where that bound is no
 // larger than this, the softmax is shifted by it and no maximum is taken: the largest weight of a
@@ -156,11 +161,11 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
   using Element = typename Unit::Element;
   wait_for_previous_kernel();
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  using Shared = ForwardShared<kHeadDim, kMasks>;
+  using Shared = ForwardShared<Unit, kHeadDim, kMasks>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const Line& line = args.line;
   constexpr int kParts = kTilesPerRow<kHeadDim>;
-  // Then there are none for pointers that live through the loop.
+  // Few of them: what can be computed again does not live through the loop.
   constexpr bool kFewRegisters = kMasks != kPlain || Unit::kOperandsInRegisters;
 
   const int first_chunk = blockIdx.x * args.run_length;
@@ -206,7 +211,8 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
       q_rows = args.q.head(sequence / args.heads, sequence % args.heads);
       v_rows = args.v.head(sequence / args.heads, sequence % args.heads);
     }
-    gather_tile<kHeadDim>(shared_address(shared.q[slot]), q_rows, args.q.row_bytes, copied, thread);
+    gather_tile<kHeadDim>(shared_address(shared.q[n % kQuerySlots<Unit>]), q_rows, args.q.row_bytes,
+                          copied, thread);
     gather_tile<kHeadDim>(shared_address(shared.v[slot]), v_rows, args.v.row_bytes, copied, thread);
     if (thread < kTileRows) {
       const int position = positions[thread];
@@ -245,9 +251,12 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
 
     store_position(n + 2, pending_position);
     Unit::copy_async_wait_and_sync();
-    if (n < steps) {
-      gather(n + 1, line.rows(line.next(chunk)), line.next(chunk).round, thread);
-    }
+    const auto gather_next = [&] {
+      if (n < steps) {
+        gather(n + 1, line.rows(line.next(chunk)), line.next(chunk).round, thread);
+      }
+    };
+    if constexpr (kQuerySlots<Unit> == kSlots) gather_next();
     if constexpr (!kFewRegisters) {
       ahead = line.next(ahead);
       pending_position = load_position();
@@ -273,11 +282,13 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
 
     // Scores of both key tiles, the chunk's own first.
     FragmentsOf<kHeadDim> query;
-    load_fragments(query, shared_address(shared.q[current]), thread);
+    const auto& current_q = shared.q[n % kQuerySlots<Unit>];
+    load_fragments(query, shared_address(current_q), thread);
     Accumulator previous_scores, current_scores;
     Unit::fence();
-    Unit::multiply_abt(current_scores, query, Unit::operand(shared.q[current], thread));
-    Unit::multiply_abt(previous_scores, query, Unit::operand(shared.q[previous], thread));
+    Unit::multiply_abt(current_scores, query, Unit::operand(current_q, thread));
+    Unit::multiply_abt(previous_scores, query,
+                       Unit::operand(shared.q[(n - 1) % kQuerySlots<Unit>], thread));
 
     float squares[2], shifts[2], sums[2] = {0.0F, 0.0F};
     Unit::template wait<1>();
@@ -292,6 +303,7 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
       if constexpr (kMasks == kPlain) read_query_bound(half);
     }
     __syncthreads();
+    if constexpr (kQuerySlots<Unit> < kSlots) gather_next();
     const float* key_scales[2] = {shared.key_scale[previous], shared.key_scale[current]};
     const int* key_positions[2] = {
         line.has_previous(chunk) ? shared.key_position[previous] : shared.no_positions,

@@ -23,7 +23,8 @@ cudaError_t sm80_backward(const ChunkedAttentionBackwardParams& params, const Ba
     using Element = decltype(element);
     return sm90::launch_pass(sm90::backward_kernel<Element, head_dim(), causal()>,
                              sm90::BackwardArgs<Element>(params, stage), stage.head_count,
-                             sm90::kThreads, sizeof(sm90::BackwardShared<sm90::kPlain>), 0,
+                             sm90::kThreads,
+                             sizeof(sm90::BackwardShared<sm90::MmaSync<Element>, sm90::kPlain>), 0,
                              sm90::kLongestRun, stream);
   });
 }

@@ -21,10 +21,11 @@ cudaError_t sm80_forward(const ChunkedAttentionParams& params, const ForwardStag
                          cudaStream_t stream) {
   return sm90::dispatch<32, 64>(params, [&](auto element, auto head_dim, auto causal) {
     using Element = decltype(element);
-    return sm90::launch_pass(sm90::forward_kernel<Element, head_dim(), causal()>,
-                             sm90::ForwardArgs<Element>(params, stage), stage.head_count,
-                             sm90::kThreads, sizeof(sm90::ForwardShared<head_dim(), sm90::kPlain>),
-                             0, sm90::kLongestRun, stream);
+    return sm90::launch_pass(
+        sm90::forward_kernel<Element, head_dim(), causal()>,
+        sm90::ForwardArgs<Element>(params, stage), stage.head_count, sm90::kThreads,
+        sizeof(sm90::ForwardShared<sm90::MmaSync<Element>, head_dim(), sm90::kPlain>), 0,
+        sm90::kLongestRun, stream);
   });
 }
 

@@ -1,5 +1,6 @@
 // Where the wgmma and mma.sync instances of chunked attention apply.
 #include "chunked_attention_shared_backward.cuh"
+#include "mma_tile.cuh"
 
 namespace reformer::kernels {
 namespace sm90 {
@@ -54,10 +55,11 @@ bool sm90_supports(const ChunkedAttentionParams& params) {
 }
 
 bool sm80_supports(const ChunkedAttentionParams& params) {
+  using Shared = sm90::BackwardShared<sm90::MmaSync<__half>, sm90::kPlain>;
   DeviceTraits traits{};
   return sm90::suits<32, 64>(params) && sm90::masks_of(params) == sm90::kPlain &&
          current_device_traits(&traits) == cudaSuccess && traits.major >= 8 &&
-         traits.shared_memory >= static_cast<int>(sizeof(sm90::BackwardShared<sm90::kPlain>));
+         traits.shared_memory >= static_cast<int>(sizeof(Shared));
 }
 
 bool local_sm90_supports(const ChunkedAttentionParams& params) {

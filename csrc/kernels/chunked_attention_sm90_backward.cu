@@ -28,7 +28,8 @@ cudaError_t sm90_backward(const ChunkedAttentionBackwardParams& params, const Ba
       using Element = decltype(element);
       return sm90::launch_pass(sm90::backward_kernel<Element, head_dim(), causal(), masks()>,
                                sm90::BackwardArgs<Element>(params, stage), stage.head_count,
-                               sm90::kThreads, sizeof(sm90::BackwardShared<masks()>),
+                               sm90::kThreads,
+                               sizeof(sm90::BackwardShared<sm90::Wgmma<Element>, masks()>),
                                sm90::kResidentBlocks, sm90::kLongestRun, stream);
     });
   });

@@ -30,11 +30,11 @@ cudaError_t sm90_forward(const ChunkedAttentionParams& params, const ForwardStag
   return sm90::dispatch<32, 64, 128>(params, [&](auto element, auto head_dim, auto causal) {
     return sm90::dispatch_masks<head_dim()>(params, [&](auto masks) {
       using Element = decltype(element);
-      return sm90::launch_pass(sm90::forward_kernel<Element, head_dim(), causal(), masks()>,
-                               sm90::ForwardArgs<Element>(params, stage), stage.head_count,
-                               sm90::kThreads, sizeof(sm90::ForwardShared<head_dim(), masks()>),
-                               sm90::kResidentBlocks<head_dim(), masks()>, sm90::kLongestRun,
-                               stream);
+      return sm90::launch_pass(
+          sm90::forward_kernel<Element, head_dim(), causal(), masks()>,
+          sm90::ForwardArgs<Element>(params, stage), stage.head_count, sm90::kThreads,
+          sizeof(sm90::ForwardShared<sm90::Wgmma<Element>, head_dim(), masks()>),
+          sm90::kResidentBlocks<head_dim(), masks()>, sm90::kLongestRun, stream);
     });
   });
 }

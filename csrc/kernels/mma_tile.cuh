@@ -66,7 +66,7 @@ __device__ __forceinline__ void multiply_b_k16(float (&d)[kGroups][4], const uin
   }
 }
 
-// See Wgmma: there is nothing to wait for.
+// The counterpart of Wgmma. There is nothing to wait for.
 template <typename T>
 struct MmaSync {
   using Element = T;

@@ -222,8 +222,8 @@ __device__ __forceinline__ void store_fragments(uint32_t tile, const Fragments& 
 template <typename T>
 struct Wgmma {
   using Element = T;
-  static constexpr bool kOperandsInRegisters = false;
-  using Operand = uint32_t;  // a tile's descriptor
+  static constexpr bool kOperandsInRegisters = false;  // true: and products are done on return
+  using Operand = uint32_t;                            // a tile's descriptor
   static __device__ __forceinline__ Operand operand(const void* tile, uint32_t) {
     return tile_descriptor(shared_address(tile));
   }
