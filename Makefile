@@ -58,8 +58,8 @@ sanitize: $(KERNEL_TESTS:%=build/kernels/%)
 	  $(SANITIZER) --tool $$tool build/kernels/bench_attention_sm90 small; \
 	done
 
-# The wgmma instances fill the registers; a spill costs them a tenth. Needs nvcc, but no GPU.
-spills: $(wildcard csrc/kernels/*_sm90*.cu)
+# The tensor-core instances fill the registers; a spill costs them a tenth. Needs nvcc, but no GPU.
+spills: $(wildcard csrc/kernels/*_sm[89]0*.cu)
 	@mkdir -p build/kernels
 	set -e; for kernel in $^; do \
 	  $(NVCC) $(NVCCFLAGS) -Xptxas --warn-on-spills,--warning-as-error -c $$kernel -o build/kernels/spills.o; \

@@ -350,6 +350,19 @@ cudaError_t launch_positions(const ChunkedAttentionParams& params, int64_t head_
   return cudaErrorInvalidValue;
 }
 
+// The instances of the main kernels.
+struct MainKernels {
+  decltype(&generic_forward) forward;
+  decltype(&generic_backward) backward;
+  bool generic;
+};
+
+MainKernels main_kernels(const ChunkedAttentionParams& params) {
+  if (sm90_supports(params)) return {sm90_forward, sm90_backward, false};
+  if (sm80_supports(params)) return {sm80_forward, sm80_backward, false};
+  return {generic_forward, generic_backward, true};
+}
+
 bool is_shared_qk(const ChunkedAttentionParams& params) { return params.k.data == nullptr; }
 
 // The main kernels count slots of the line, and positions, in 32 bits.
@@ -386,15 +399,15 @@ struct ForwardWorkspace {
   void* pair_bits = nullptr;
   int64_t bytes;
 
-  ForwardWorkspace(const ChunkedAttentionParams& params, int64_t heads, bool sm90, void* base) {
+  ForwardWorkspace(const ChunkedAttentionParams& params, int64_t heads, bool generic, void* base) {
     Arena arena(base);
     const int64_t positions = heads * params.length, rows = positions * params.rounds;
     stage.partial_out = arena.take<void>(rows * params.head_dim, element_size(params.dtype));
     stage.partial_lse = arena.take<float>(rows);
-    if (is_shared_qk(params) && !sm90) stage.key_scale = key_scale = arena.take<float>(positions);
+    if (is_shared_qk(params) && generic) stage.key_scale = key_scale = arena.take<float>(positions);
     if (corrects_duplicates(params))
       stage.chunk_numbers = chunk_numbers = arena.take<int32_t>(rows);
-    if (sm90 && needs_pair_bits(params))
+    if (!generic && needs_pair_bits(params))
       stage.pair_bits = pair_bits = arena.take<void>(pair_bits_size(params, heads), 1);
     bytes = arena.bytes();
   }
@@ -407,7 +420,7 @@ struct BackwardWorkspace {
   void* pair_bits = nullptr;
   int64_t bytes;
 
-  BackwardWorkspace(const ChunkedAttentionBackwardParams& params, int64_t heads, bool sm90,
+  BackwardWorkspace(const ChunkedAttentionBackwardParams& params, int64_t heads, bool generic,
                     void* base) {
     Arena arena(base);
     const int64_t positions = heads * params.length, rows = positions * params.rounds;
@@ -416,11 +429,11 @@ struct BackwardWorkspace {
     };
     stage.row_stats = row_stats = arena.take<RowStats>(positions);
     stage.partial_q = take_partial();
-    if (!is_shared_qk(params) || !sm90) stage.partial_k = take_partial();
+    if (!is_shared_qk(params) || generic) stage.partial_k = take_partial();
     stage.partial_v = take_partial();
     if (corrects_duplicates(params))
       stage.chunk_numbers = chunk_numbers = arena.take<int32_t>(rows);
-    if (sm90 && needs_pair_bits(params))
+    if (!generic && needs_pair_bits(params))
       stage.pair_bits = pair_bits = arena.take<void>(pair_bits_size(params, heads), 1);
     bytes = arena.bytes();
   }
@@ -432,12 +445,12 @@ int64_t heads_per_group(const ChunkedAttentionParams& params, int64_t bytes_per_
                    params.batch * params.heads, kLargestGrid});
 }
 
-int64_t forward_group(const ChunkedAttentionParams& params, bool sm90) {
-  return heads_per_group(params, ForwardWorkspace(params, 1, sm90, nullptr).bytes);
+int64_t forward_group(const ChunkedAttentionParams& params, bool generic) {
+  return heads_per_group(params, ForwardWorkspace(params, 1, generic, nullptr).bytes);
 }
 
-int64_t backward_group(const ChunkedAttentionBackwardParams& params, bool sm90) {
-  return heads_per_group(params, BackwardWorkspace(params, 1, sm90, nullptr).bytes);
+int64_t backward_group(const ChunkedAttentionBackwardParams& params, bool generic) {
+  return heads_per_group(params, BackwardWorkspace(params, 1, generic, nullptr).bytes);
 }
 
 cudaError_t number_chunks(const ChunkedAttentionParams& params, int64_t head_begin,
@@ -447,9 +460,9 @@ cudaError_t number_chunks(const ChunkedAttentionParams& params, int64_t head_beg
                            chunk_numbers);
 }
 
-cudaError_t forward_heads(const ChunkedAttentionParams& params, bool sm90, int64_t head_begin,
-                          int64_t head_count, cudaStream_t stream) {
-  ForwardWorkspace workspace(params, head_count, sm90, params.workspace);
+cudaError_t forward_heads(const ChunkedAttentionParams& params, const MainKernels& kernels,
+                          int64_t head_begin, int64_t head_count, cudaStream_t stream) {
+  ForwardWorkspace workspace(params, head_count, kernels.generic, params.workspace);
   ForwardStage& stage = workspace.stage;
   stage.head_begin = head_begin;
   stage.head_count = head_count;
@@ -472,7 +485,7 @@ cudaError_t forward_heads(const ChunkedAttentionParams& params, bool sm90, int64
                              workspace.key_scale);
     if (error != cudaSuccess) return error;
   }
-  error = sm90 ? sm90_forward(params, stage, stream) : generic_forward(params, stage, stream);
+  error = kernels.forward(params, stage, stream);
   if (error != cudaSuccess) return error;
   const auto combine = [](auto element, auto lanes) {
     return combine_kernel<decltype(element), lanes()>;
@@ -480,9 +493,9 @@ cudaError_t forward_heads(const ChunkedAttentionParams& params, bool sm90, int64
   return launch_positions(params, head_count, stream, combine, params, stage);
 }
 
-cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm90,
+cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, const MainKernels& kernels,
                            int64_t head_begin, int64_t head_count, cudaStream_t stream) {
-  BackwardWorkspace workspace(params, head_count, sm90, params.workspace);
+  BackwardWorkspace workspace(params, head_count, kernels.generic, params.workspace);
   BackwardStage& stage = workspace.stage;
   stage.head_begin = head_begin;
   stage.head_count = head_count;
@@ -503,7 +516,7 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm
   error = launch_positions(params, head_count, stream, row_stats, params, head_begin,
                            workspace.row_stats);
   if (error != cudaSuccess) return error;
-  error = sm90 ? sm90_backward(params, stage, stream) : generic_backward(params, stage, stream);
+  error = kernels.backward(params, stage, stream);
   if (error != cudaSuccess) return error;
   const auto reduce = [](auto element, auto lanes) {
     return reduce_kernel<decltype(element), lanes()>;
@@ -515,25 +528,25 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, bool sm
 
 int64_t chunked_attention_forward_workspace(const ChunkedAttentionParams& params) {
   if (!is_valid(params) || local_sm90_supports(params)) return 0;
-  const bool sm90 = sm90_supports(params);
-  return ForwardWorkspace(params, forward_group(params, sm90), sm90, nullptr).bytes;
+  const bool generic = main_kernels(params).generic;
+  return ForwardWorkspace(params, forward_group(params, generic), generic, nullptr).bytes;
 }
 
 int64_t chunked_attention_backward_workspace(const ChunkedAttentionBackwardParams& params) {
   if (!is_valid(params)) return 0;
   if (local_sm90_supports(params)) return local_sm90_backward_workspace(params);
-  const bool sm90 = sm90_supports(params);
-  return BackwardWorkspace(params, backward_group(params, sm90), sm90, nullptr).bytes;
+  const bool generic = main_kernels(params).generic;
+  return BackwardWorkspace(params, backward_group(params, generic), generic, nullptr).bytes;
 }
 
 cudaError_t chunked_attention_forward(const ChunkedAttentionParams& params, cudaStream_t stream) {
   if (!is_valid(params)) return cudaErrorInvalidValue;
   if (local_sm90_supports(params)) return local_sm90_forward(params, stream);
-  const bool sm90 = sm90_supports(params);
-  const int64_t heads = params.batch * params.heads, group = forward_group(params, sm90);
+  const MainKernels kernels = main_kernels(params);
+  const int64_t heads = params.batch * params.heads, group = forward_group(params, kernels.generic);
   for (int64_t head = 0; head < heads; head += group) {
     const cudaError_t error =
-        forward_heads(params, sm90, head, std::min(group, heads - head), stream);
+        forward_heads(params, kernels, head, std::min(group, heads - head), stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -543,11 +556,12 @@ cudaError_t chunked_attention_backward(const ChunkedAttentionBackwardParams& par
                                        cudaStream_t stream) {
   if (!is_valid(params)) return cudaErrorInvalidValue;
   if (local_sm90_supports(params)) return local_sm90_backward(params, stream);
-  const bool sm90 = sm90_supports(params);
-  const int64_t heads = params.batch * params.heads, group = backward_group(params, sm90);
+  const MainKernels kernels = main_kernels(params);
+  const int64_t heads = params.batch * params.heads,
+                group = backward_group(params, kernels.generic);
   for (int64_t head = 0; head < heads; head += group) {
     const cudaError_t error =
-        backward_heads(params, sm90, head, std::min(group, heads - head), stream);
+        backward_heads(params, kernels, head, std::min(group, heads - head), stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "chunked_attention_sm90.cuh"
+#include "wgmma.cuh"
 
 namespace reformer::kernels::sm90::local {
 

@@ -1,5 +1,6 @@
-// Where the wgmma instances of chunked attention apply.
-#include "chunked_attention_sm90.cuh"
+// Where the wgmma and mma.sync instances of chunked attention apply.
+#include "chunked_attention_shared_backward.cuh"
+#include "mma_tile.cuh"
 
 namespace reformer::kernels {
 namespace sm90 {
@@ -21,25 +22,36 @@ bool has_wgmma() {
 
 bool is_half(DType dtype) { return dtype == DType::f16 || dtype == DType::bf16; }
 
+// Whether the algorithm does, for these head dims.
+template <int... kHeadDims>
+bool suits(const ChunkedAttentionParams& params) {
+  const bool sizes = ((params.head_dim == kHeadDims) || ...) && params.chunk_size == kTileRows &&
+                     params.look_back == 1 && params.look_ahead == 0 &&
+                     params.length < (int64_t{1} << 30) &&
+                     params.rounds * (params.length / kTileRows + 1) < (int64_t{1} << 30) &&
+                     params.batch * params.heads < (int64_t{1} << 16);
+  const bool flags =
+      is_half(params.dtype) && params.k.data == nullptr && params.scale > 0.0F &&
+      !(corrects_duplicates(params) && (params.buckets != nullptr || params.dropout_p > 0));
+  const bool strides =
+      params.q.stride_l <= kLargestRowStride && params.v.stride_l <= kLargestRowStride;
+  // Wrapping a line of one chunk would count that chunk twice.
+  const bool twice = params.wrap && params.rounds == 1 && params.length <= params.chunk_size;
+  return sizes && flags && strides && !twice;
+}
+
 }  // namespace
 }  // namespace sm90
 
 bool sm90_supports(const ChunkedAttentionParams& params) {
-  const int64_t dim = params.head_dim;
-  const bool sizes = (dim == 32 || dim == 64 || dim == 128) && params.chunk_size == 64 &&
-                     params.look_back == 1 && params.look_ahead == 0 &&
-                     params.length < (int64_t{1} << 30) &&
-                     params.rounds * (params.length / 64 + 1) < (int64_t{1} << 30) &&
-                     params.batch * params.heads < (int64_t{1} << 16);
-  const bool flags =
-      sm90::is_half(params.dtype) && params.k.data == nullptr && params.scale > 0.0F &&
-      !(corrects_duplicates(params) && (params.buckets != nullptr || params.dropout_p > 0));
-  const bool strides =
-      params.q.stride_l <= sm90::kLargestRowStride && params.v.stride_l <= sm90::kLargestRowStride;
-  if (!sizes || !flags || !strides) return false;
-  // Wrapping a line of one chunk would count that chunk twice.
-  if (params.wrap && params.rounds == 1 && params.length <= params.chunk_size) return false;
-  return sm90::has_wgmma();
+  return sm90::suits<32, 64, 128>(params) && sm90::has_wgmma();
+}
+
+bool sm80_supports(const ChunkedAttentionParams& params) {
+  using Shared = sm90::BackwardShared<sm90::MmaSync<__half>>;
+  DeviceTraits traits{};
+  return sm90::suits<32, 64>(params) && current_device_traits(&traits) == cudaSuccess &&
+         traits.major >= 8 && traits.shared_memory >= static_cast<int>(sizeof(Shared));
 }
 
 bool local_sm90_supports(const ChunkedAttentionParams& params) {

@@ -1,5 +1,6 @@
-// What the wgmma forward and backward passes of chunked attention share: the line of chunks a block
-// walks along, the gather of a chunk's rows into shared memory, and the choice of the grid.
+// What the forward and backward passes of chunked attention for shared QK share, by wgmma and by
+// mma.sync: the line of chunks a block walks along, the gather of a chunk's rows into shared
+// memory, and the launch.
 //
 // One warpgroup walks a run of consecutive chunks of one head's line (its rounds laid end to end).
 // Each row is gathered once per run and round, into a ring of three chunks, and serves there as
@@ -8,7 +9,7 @@
 
 #include "chunked_attention_stages.h"
 #include "launch.cuh"
-#include "wgmma.cuh"
+#include "tile.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define REFORMER_SM90A 1  // this pass compiles device code that may hold wgmma
@@ -142,6 +143,31 @@ inline int run_length(int64_t heads, int line_chunks, int resident_blocks, int l
     }
   }
   return best;
+}
+
+// Launches a pass over all lines of a stage. args.run_length is filled in. resident_blocks: of the
+// kernel, per multiprocessor; 0: the device is asked.
+template <typename Args>
+cudaError_t launch_pass(void (*kernel)(Args), Args args, int64_t head_count, int threads,
+                        int shared_bytes, int resident_blocks, int longest_run,
+                        cudaStream_t stream) {
+  DeviceTraits traits{};
+  cudaError_t error = current_device_traits(&traits);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  if (resident_blocks == 0) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident_blocks, kernel, threads,
+                                                          shared_bytes);
+    if (error != cudaSuccess) return error;
+    if (resident_blocks == 0) return cudaErrorLaunchOutOfResources;
+  }
+  const int chunks = args.line.chunks();
+  args.run_length =
+      run_length(head_count, chunks, traits.multiprocessors * resident_blocks, longest_run);
+  const dim3 grid((chunks + args.run_length - 1) / args.run_length,
+                  static_cast<unsigned>(head_count));
+  return launch_overlapped(kernel, {grid, threads, shared_bytes}, stream, args);
 }
 
 inline constexpr int64_t kLargestRowStride = int64_t{1} << 28;  // row_bytes is an int

@@ -1,5 +1,5 @@
-// What the backward kernels of chunked attention by wgmma share: chunked_attention_sm90_backward.cu
-// for head dims up to 64, chunked_attention_sm90_backward_128.cu for 128.
+// What the backward kernels of chunked attention share: chunked_attention_shared_backward.cuh for
+// head dims up to 64, chunked_attention_sm90_backward_128.cu for 128.
 #pragma once
 
 #include "chunked_attention_sm90_masks.cuh"
@@ -14,12 +14,11 @@ struct BackwardArgs {
   Element* partial_q;
   Element* partial_v;
   Line line;
-  int heads, head_begin, run_length;
+  int heads, head_begin, run_length = 0;
   float scale, scale_log2;  // scale_log2: scale * log2(e)
   MaskArgs masks;
 
-  BackwardArgs(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
-               int run_length)
+  BackwardArgs(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage)
       : q(params.q, sizeof(Element)),
         v(params.v, sizeof(Element)),
         grad_out(params.grad_out, sizeof(Element)),
@@ -30,7 +29,6 @@ struct BackwardArgs {
         line(make_line(params)),
         heads(static_cast<int>(params.heads)),
         head_begin(static_cast<int>(stage.head_begin)),
-        run_length(run_length),
         scale(params.scale),
         scale_log2(params.scale * kLog2E),
         masks(params, stage.pair_bits) {}

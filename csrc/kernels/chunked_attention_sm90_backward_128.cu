@@ -9,6 +9,7 @@
 // while it computes the P^T and dS^T of the next step. One row of each gradient per (round,
 // position), and no atomics.
 #include "chunked_attention_sm90_backward.cuh"
+#include "wgmma.cuh"
 
 namespace reformer::kernels::sm90 {
 namespace {
@@ -209,14 +210,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     const int count = line.rows(chunk) - static_cast<int>(first_row);
     const int* rows = &positions(n)[first_row];
     uint8_t* staging = shared.v[(n + 1) % kVSlots][warpgroup] + warp * kStagingBytes;
-    store_rows<Element, kHalf, kHeadDim>(grad_q, partial_q + round_begin, rows, count, staging,
-                                         thread);
+    store_rows<Wgmma<Element>, kHalf, kHeadDim>(grad_q, partial_q + round_begin, rows, count,
+                                                staging, thread);
     if constexpr (kMasks == kDropped) {
 #pragma unroll
       for (int i = 0; i < kHalf / 2; ++i) grad_v[i / 4][i % 4] *= args.masks.dropout_scale;
     }
-    store_rows<Element, kHalf, kHeadDim>(grad_v, partial_v + round_begin, rows, count, staging,
-                                         thread);
+    store_rows<Wgmma<Element>, kHalf, kHeadDim>(grad_v, partial_v + round_begin, rows, count,
+                                                staging, thread);
   };
 
 #pragma unroll
@@ -297,30 +298,17 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 template <typename Element, bool kCausal, int kMasks>
 cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params,
                             const BackwardStage& stage, cudaStream_t stream) {
-  DeviceTraits traits{};
-  cudaError_t error = current_device_traits(&traits);
-  if (error != cudaSuccess) return error;
-
-  const int line_chunks = make_line(params).chunks();
-  const int run = run_length(stage.head_count, line_chunks, traits.multiprocessors, kLongestRun);
-  const BackwardArgs<Element> args(params, stage, run);
-  const auto kernel = backward_kernel<Element, kCausal, kMasks>;
-  constexpr int kSharedBytes = sizeof(BackwardShared);
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
-  const dim3 grid((line_chunks + run - 1) / run, static_cast<unsigned>(stage.head_count));
-  return launch_overlapped(kernel, {grid, kBlockThreads, kSharedBytes}, stream, args);
+  return launch_pass(backward_kernel<Element, kCausal, kMasks>,
+                     BackwardArgs<Element>(params, stage), stage.head_count, kBlockThreads,
+                     sizeof(BackwardShared), 1, kLongestRun, stream);
 }
 
 }  // namespace
 
 cudaError_t backward_128(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
                          cudaStream_t stream) {
-  return dispatch<kHeadDim>(params, [&](auto element, auto, auto causal) {
-    return dispatch_masks(params, [&](auto masks) {
-      constexpr bool kCausal = causal() && masks() == kPlain;  // else the bits know
-      return launch_backward<decltype(element), kCausal, masks()>(params, stage, stream);
-    });
+  return dispatch_masks<kHeadDim>(params, [&](auto element, auto, auto causal, auto masks) {
+    return launch_backward<decltype(element), causal(), masks()>(params, stage, stream);
   });
 }
 

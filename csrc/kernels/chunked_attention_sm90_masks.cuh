@@ -18,12 +18,20 @@ struct MaskArgs {
       : pair_bits(pair_bits), dropout_scale(static_cast<float>(1 / (1 - params.dropout_p))) {}
 };
 
-// Calls launch(integral_constant<int, masks>).
-template <typename Launch>
+// Calls launch(Element{}, integral_constant<int, head_dim>, bool_constant<causal>,
+// integral_constant<int, masks>). Where there are bits, these know of causality.
+template <int... kHeadDims, typename Launch>
 cudaError_t dispatch_masks(const ChunkedAttentionParams& params, Launch launch) {
-  if (params.dropout_p > 0) return launch(std::integral_constant<int, kDropped>{});
-  if (needs_pair_bits(params)) return launch(std::integral_constant<int, kBlocked>{});
-  return launch(std::integral_constant<int, kPlain>{});
+  return dispatch<kHeadDims...>(params, [&](auto element, auto head_dim, auto causal) {
+    const std::false_type known;
+    if (params.dropout_p > 0) {
+      return launch(element, head_dim, known, std::integral_constant<int, kDropped>{});
+    }
+    if (needs_pair_bits(params)) {
+      return launch(element, head_dim, known, std::integral_constant<int, kBlocked>{});
+    }
+    return launch(element, head_dim, causal, std::integral_constant<int, kPlain>{});
+  });
 }
 
 // The thread's bits of one tile of scores: the queries of a chunk with one of its two chunks of

@@ -1,6 +1,6 @@
 // The stages chunked attention is made of, shared by its entry point (chunked_attention.cu) and by
-// the instances of the main kernels: _generic (any shape and flag, sm_80 up) and _sm90 (wgmma fast
-// path).
+// the instances of the main kernels: _generic (any shape and flag, sm_80 up), _sm80 (mma.sync fast
+// path) and _sm90 (wgmma fast path).
 //
 //   forward:   key_scale (generic), pair_bits (_sm90, masked) -> main (one partial per round)
 //              -> combine
@@ -66,7 +66,7 @@ struct BackwardStage {
   void* partial_q;  // [head_count, R, L, D], params.dtype; shared QK without partial_k: dq plus
                     // the projected dk
   void* partial_k;  // [head_count, R, L, D]: gradient of the keys, normalised ones for shared QK
-                    // (reduce projects their sum); null for shared QK by sm90_backward
+                    // (reduce projects their sum); null for shared QK but by generic_backward
   void* partial_v;  // [head_count, R, L, D]
   const int32_t* chunk_numbers;  // as in the forward stage
   const void* pair_bits;         // as in the forward stage, of the transposed scores
@@ -91,6 +91,13 @@ bool sm90_supports(const ChunkedAttentionParams& params);
 cudaError_t sm90_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
                          cudaStream_t stream);
 cudaError_t sm90_backward(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
+                          cudaStream_t stream);
+
+// The same by mma.sync.
+bool sm80_supports(const ChunkedAttentionParams& params);
+cudaError_t sm80_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
+                         cudaStream_t stream);
+cudaError_t sm80_backward(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
                           cudaStream_t stream);
 
 // Local attention by wgmma: both passes whole, without stages. True where they cover these sizes

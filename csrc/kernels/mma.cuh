@@ -65,12 +65,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t address
 __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
   load_matrices(x, static_cast<uint32_t>(__cvta_generic_to_shared(row)));
 }
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(address)
                : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
+  load_matrices_transposed(x, static_cast<uint32_t>(__cvta_generic_to_shared(row)));
 }
 
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,

@@ -1,110 +1,12 @@
-// Hopper building blocks: warpgroup matrix multiply (wgmma) over swizzled shared-memory tiles, the
-// copies that fill them and the fragment loads and stores around them. Device code for sm_90a.
+// Hopper's warpgroup matrix multiply (wgmma) over the tiles of tile.cuh. Device code for sm_90a.
 //
-// A tile is 64 rows of 64 16-bit elements, one row per 128 bytes, 1024-byte aligned, in the
-// 128-byte swizzle: the 16-byte piece p of row r lies at r * 128 + ((p ^ (r % 8)) * 16). The same
-// tile can be read K-major (rows are M or N, columns are K) or MN-major (rows are K, columns are M
-// or N).
-//
-// An accumulator is float[columns / 8][4] per thread: element [j][2 * half + e] is
-// row 16 * warp + lane / 4 + 8 * half, column 8 * j + 2 * (lane % 4) + e.
-// Packed pairwise it is the A operand of a following multiply.
+// The same tile can be read K-major (rows are M or N, columns are K) or MN-major (rows are K,
+// columns are M or N).
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#include <type_traits>
+#include "tile.cuh"
 
 namespace reformer::kernels::sm90 {
-
-inline constexpr int kTileRows = 64;
-inline constexpr int kTileBytes = 64 * 128;
-
-// The thread's index, as a value the compiler believes new: what is computed from it is computed
-// again rather than kept in registers across a loop whose tiles need them all.
-__device__ __forceinline__ uint32_t renewed(uint32_t thread) {
-  asm volatile("" : "+r"(thread));
-  return thread;
-}
-
-template <int kColumns>
-using AccumulatorOf = float[kColumns / 8][4];  // 64 rows, fp32
-using Accumulator = AccumulatorOf<64>;
-template <int kColumns>
-using FragmentsOf = uint32_t[kColumns / 16][4];  // 64 rows, 16-bit, A operand: one [4] per K = 16
-using Fragments = FragmentsOf<64>;
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// base + index * bytes, in one instruction, which the compiler would take apart to hoist its parts.
-template <typename T>
-__device__ __forceinline__ T* indexed_address(const void* base, int index, int bytes) {
-  T* address;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(index), "r"(bytes), "l"(base));
-  return address;
-}
-
-// Byte offset of a row's 16-byte piece inside a tile.
-__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t piece) {
-  return row * 128 + ((piece ^ (row % 8)) << 4);
-}
-
-// ---- Conversions
-
-template <typename Element>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<Element, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-}
-
-template <typename Element>
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<Element, __half>) {
-    return __half22float2(reinterpret_cast<const __half2&>(pair));
-  } else {
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
-  }
-}
-
-// 2^x; 0 for -inf.
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float rsqrt_approx(float x) {
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// ---- Asynchronous copies from global to shared memory
-
-template <int kBytes>
-__device__ __forceinline__ void copy_async(uint32_t destination, const void* source) {
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(destination), "l"(source),
-                 "n"(kBytes)
-                 : "memory");
-  }
-}
-
-__device__ __forceinline__ void copy_async_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
 
 // Waits for this thread's copies, shows the block's shared-memory writes to wgmma, and
 // synchronises.
@@ -299,30 +201,7 @@ __device__ __forceinline__ void multiply_atb(float (&d)[kGroups][4], uint32_t a,
   wgmma_commit();
 }
 
-// ---- Fragments
-
-// Packs columns 8j .. 8j+7 of an accumulator-shaped tile into the A operand.
-template <typename Element>
-__device__ __forceinline__ void pack_columns(Fragments& fragments, int j, float v0, float v1,
-                                             float v2, float v3) {
-  fragments[j / 2][(j % 2) * 2] = pack<Element>(v0, v1);
-  fragments[j / 2][(j % 2) * 2 + 1] = pack<Element>(v2, v3);
-}
-
-// Loads the warp's 16 rows of a tile, or of one and the one that follows, as A operands.
-template <int kSteps>
-__device__ __forceinline__ void load_fragments(uint32_t (&fragments)[kSteps][4], uint32_t tile,
-                                               uint32_t thread) {
-  const uint32_t lane = thread % 32, row = thread / 32 * 16 + lane % 16;
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragments[k][0]), "=r"(fragments[k][1]), "=r"(fragments[k][2]),
-                   "=r"(fragments[k][3])
-                 : "r"(tile + k / 4 * kTileBytes + swizzled(row, 2 * (k % 4) + lane / 16))
-                 : "memory");
-  }
-}
+// ---- Stores
 
 // Four 8 x 8 matrices to shared memory; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&words)[4]) {
@@ -339,53 +218,62 @@ __device__ __forceinline__ void store_fragments(uint32_t tile, const Fragments& 
   for (int k = 0; k < 4; ++k) store_matrices(tile + swizzled(row, 2 * k + lane / 16), fragments[k]);
 }
 
-// ---- Reductions over the quad of lanes that shares a row
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffff, x, 1);
-  return x + __shfl_xor_sync(0xffffffff, x, 2);
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-}
-
-// ---- Stores
-
-inline constexpr int kStagingBytes = 8 * 128;  // per warp
-
-// Writes the warp's first `count` of 16 rows of a tile of kColumns columns to the rows at
-// `positions`, kRowColumns elements each. Through the warp's staging memory, eight rows at a time,
-// so that eight lanes write a whole row; streamed, as partial results are read once and much later.
-template <typename Element, int kColumns, int kRowColumns = kColumns>
-__device__ __forceinline__ void store_rows(const AccumulatorOf<kColumns>& tile, Element* rows,
-                                           const int* positions, int count, uint8_t* staging,
-                                           uint32_t thread) {
-  const uint32_t lane = thread % 32, row = lane / 8, piece = lane % 8;
-  Element* const columns = rows + 8 * piece;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int j = 0; j < kColumns / 8; j += 4) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        words[i] = pack<Element>(tile[j + i][2 * half], tile[j + i][2 * half + 1]);
-      }
-      store_matrices(shared_address(staging) + swizzled(lane % 8, j + lane / 8), words);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      const uint4 words = *reinterpret_cast<const uint4*>(staging + swizzled(i + row, piece));
-      const int tile_row = 8 * half + i + static_cast<int>(row);
-      uint4* destination =
-          indexed_address<uint4>(columns, positions[tile_row], kRowColumns * sizeof(Element));
-      if (tile_row < count && piece * 8 < kColumns) __stcs(destination, words);
-    }
-    __syncwarp();
+// The tensor cores as kernels for either unit use them; MmaSync is the other.
+template <typename T>
+struct Wgmma {
+  using Element = T;
+  static constexpr bool kOperandsInRegisters = false;  // true: and products are done on return
+  using Operand = uint32_t;                            // a tile's descriptor
+  static __device__ __forceinline__ Operand operand(const void* tile, uint32_t) {
+    return tile_descriptor(shared_address(tile));
   }
-}
+
+  template <int kSteps>
+  static __device__ __forceinline__ void multiply_abt(Accumulator& d, Operand a, Operand b) {
+    sm90::multiply_abt<Element, kSteps>(d, a, b);
+  }
+  template <int kSteps>
+  static __device__ __forceinline__ void multiply_abt(Accumulator& d,
+                                                      const uint32_t (&a)[kSteps][4], Operand b) {
+    sm90::multiply_abt<Element>(d, a, b);
+  }
+  template <int kGroups>
+  static __device__ __forceinline__ void multiply_ab(float (&d)[kGroups][4], const Fragments& a,
+                                                     Operand b, bool accumulate) {
+    sm90::multiply_ab<Element>(d, a, b, accumulate);
+  }
+  template <int kGroups>
+  static __device__ __forceinline__ void multiply_atb(float (&d)[kGroups][4], Operand a, Operand b,
+                                                      bool accumulate) {
+    sm90::multiply_atb<Element>(d, a, b, accumulate);
+  }
+
+  static __device__ __forceinline__ void fence() { wgmma_fence(); }
+  template <int kPending>
+  static __device__ __forceinline__ void wait() {
+    wgmma_wait<kPending>();
+  }
+  template <int kGroups>
+  static __device__ __forceinline__ void pin(float (&tile)[kGroups][4]) {
+    sm90::pin(tile);
+  }
+
+  static __device__ __forceinline__ void copy_async_wait_and_sync() {
+    sm90::copy_async_wait_and_sync();
+  }
+  static __device__ __forceinline__ void fence_shared() { fence_shared_for_wgmma(); }
+
+  // Stores the warp's 16 rows of A operands in a tile.
+  static __device__ __forceinline__ void store_fragments(uint32_t tile, const Fragments& fragments,
+                                                         uint32_t thread) {
+    sm90::store_fragments(tile, fragments, thread);
+  }
+  // Stores 8 x 8 matrices, held as accumulators pack, as the pieces of eight rows from first_piece
+  // on.
+  static __device__ __forceinline__ void store_pieces(uint32_t rows, uint32_t first_piece,
+                                                      const uint32_t (&words)[4], uint32_t lane) {
+    store_matrices(rows + swizzled(lane % 8, first_piece + lane / 8), words);
+  }
+};
 
 }  // namespace reformer::kernels::sm90
