@@ -1,7 +1,7 @@
 """Times LSH and local attention, stage by stage, beside exact attention and published Reformers.
 
 python -m benchmarks.ops --lengths 4096,65536 --dtype bf16 --peers --json out.json --plot out
-python -m benchmarks.ops --shapes 8x16x8192x64,32x16x2048x64 --n-hashes 2,4,8
+python -m benchmarks.ops --shapes 8x16x8192x64,32x16x2048x64 --n-hashes 2,4,8 --peers sdpa
 python -m benchmarks.ops --variants local --chunk-size 64,128,256 --peers --compare out.json
 
 Every option that takes a list takes commas; all combinations are timed. A case is timed only after
@@ -74,7 +74,14 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workspace-mib", type=int, help="cap of the scratch memory (set_workspace_limit)"
     )
-    parser.add_argument("--peers", action="store_true", help="time the peers that can run too")
+    parser.add_argument(
+        "--peers",
+        type=comma_separated(str),
+        nargs="?",
+        const=[""],
+        default=[],
+        help="time the peers that can run too: all, or those with one of these words in their name",
+    )
     parser.add_argument(
         "--kernels", action="store_true", help="profile the kernels (on the CPU: operators)"
     )
@@ -97,7 +104,9 @@ def measure_case(case: Case, args: argparse.Namespace) -> dict[str, object]:
             report.rates(rows[name], *counts[name])
         if args.kernels and name in report.OURS:
             rows[name]["kernels"] = measure.kernels(calls[0], case.device)
-    for peer in peers(case) if args.peers else ():
+    for peer in peers(case):
+        if not any(word in peer.name for word in args.peers):
+            continue
         rows |= measure_peer(peer, work, modes)
         if case.device == "cuda":
             torch.cuda.empty_cache()

@@ -211,6 +211,10 @@ def test_peers(run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.Mon
     assert local["flex_attention, same window: forward"]["error"] < 1e-5
     assert not any(":" in name for name in padding)
 
+    run("--lengths=32", "--peers=sdpa,nobody", "--json", path)
+    (entry,) = report.read(path)["cases"]
+    assert {name.split(":")[0] for name in entry["results"] if ":" in name} == {"sdpa"}
+
 
 def test_a_missing_peer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
