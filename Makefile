@@ -40,7 +40,7 @@ lint: $(VENV)/built
 NVCC ?= nvcc
 CUDA_ARCH ?= 90a
 .SECONDARY: # keep the object files
-KERNEL_TESTS := test_hash_sort_kernels test_chunked_attention_kernels bench_attention_sm90
+KERNEL_TESTS := test_hash_sort_kernels test_chunked_attention_kernels bench_tiled_attention
 KERNEL_OBJECTS := $(patsubst csrc/kernels/%.cu,build/kernels/%.o,$(wildcard csrc/kernels/*.cu))
 NVCCFLAGS := -O3 -std=c++17 -lineinfo --expt-relaxed-constexpr -Xcompiler -fopenmp -I csrc/kernels \
   -gencode=arch=compute_$(CUDA_ARCH),code=sm_$(CUDA_ARCH)
@@ -49,13 +49,13 @@ SANITIZER := compute-sanitizer --error-exitcode 1
 kernel-tests: $(KERNEL_TESTS:%=build/kernels/%)
 	build/kernels/test_hash_sort_kernels
 	build/kernels/test_chunked_attention_kernels 400 1
-	build/kernels/bench_attention_sm90 check
+	build/kernels/bench_tiled_attention check
 
 sanitize: $(KERNEL_TESTS:%=build/kernels/%)
 	$(SANITIZER) --tool memcheck build/kernels/test_hash_sort_kernels small
 	set -e; for tool in memcheck racecheck; do \
 	  $(SANITIZER) --tool $$tool build/kernels/test_chunked_attention_kernels -20 1; \
-	  $(SANITIZER) --tool $$tool build/kernels/bench_attention_sm90 small; \
+	  $(SANITIZER) --tool $$tool build/kernels/bench_tiled_attention small; \
 	done
 
 # The tensor-core instances fill the registers; a spill costs them a tenth. Needs nvcc, but no GPU.

@@ -8,10 +8,10 @@
 
 #include <cmath>
 
-#include "chunked_attention_sm90.cuh"
+#include "chunked_attention_tiled.cuh"
 #include "wgmma.cuh"
 
-namespace reformer::kernels::sm90::local {
+namespace reformer::kernels::tiled::local {
 
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kCopyThreads = 256;  // of blocks that have more: rows divide among these
@@ -165,7 +165,7 @@ __device__ __forceinline__ void accumulate_rows(Output<kHeadDim>& output, const 
 template <int kHalves, int kGroups>
 __device__ __forceinline__ void pin(float (&output)[kHalves][kGroups][4]) {
 #pragma unroll
-  for (int half = 0; half < kHalves; ++half) sm90::pin(output[half]);
+  for (int half = 0; half < kHalves; ++half) tiled::pin(output[half]);
 }
 
 template <int kHalves, int kGroups>
@@ -281,4 +281,4 @@ __device__ __forceinline__ void store_result(const Output<kHeadDim>& output, uin
   __syncwarp();
 }
 
-}  // namespace reformer::kernels::sm90::local
+}  // namespace reformer::kernels::tiled::local

@@ -10,7 +10,7 @@
 #include "chunked_attention_local_sm90.cuh"
 
 namespace reformer::kernels {
-namespace sm90::local {
+namespace tiled::local {
 namespace {
 
 struct BackwardArgs {
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(QueryShape<kHeadDim>::kThreads,
         weight_gradients, tile_descriptor(shared_address(shared.output_gradients[group])),
         tile_descriptor(shared_address(shared.values[stage])));
     wgmma_wait<1>();
-    sm90::pin(scores);
+    tiled::pin(scores);
     if (key_tile == tile || key_tile == line.tiles - 1 || padding != nullptr) {
       mask_scores(scores, line, shared.key_positions[stage],
                   tile * kTileRows + static_cast<int>(upper_row), thread);
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(QueryShape<kHeadDim>::kThreads,
     }
     Fragments gradients;
     wgmma_wait<0>();
-    sm90::pin(weight_gradients);
+    tiled::pin(weight_gradients);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float ds[4];
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, KeyShape<kHeadDim>::kReside
     multiply_rows<Element, kHeadDim>(
         weight_gradients, tile_descriptor(shared_address(shared.values)), output_gradients);
     wgmma_wait<1>();
-    sm90::pin(scores);
+    tiled::pin(scores);
     if (query_tile == tile && (line.causal || line.mask_self)) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, KeyShape<kHeadDim>::kReside
     recompute_weights(scores, shared.lse[stage], args.scale_log2, thread);
     Fragments weights, gradients;
     wgmma_wait<0>();
-    sm90::pin(weight_gradients);
+    tiled::pin(weight_gradients);
     pack_weights_and_gradients<Element>(weights, gradients, scores, weight_gradients,
                                         shared.delta[stage], thread);
     wgmma_fence();
@@ -446,17 +446,17 @@ cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params, cudaSt
 }
 
 }  // namespace
-}  // namespace sm90::local
+}  // namespace tiled::local
 
 int64_t local_sm90_backward_workspace(const ChunkedAttentionParams& params) {
   const int64_t positions =
-      params.batch * params.heads * round_up<int64_t>(params.length, sm90::kTileRows);
+      params.batch * params.heads * round_up<int64_t>(params.length, tiled::kTileRows);
   return 2 * positions * static_cast<int64_t>(sizeof(float));
 }
 
 cudaError_t local_sm90_backward(const ChunkedAttentionBackwardParams& params, cudaStream_t stream) {
-  return sm90::dispatch<32, 64, 128>(params, [&](auto element, auto head_dim, auto) {
-    return sm90::local::launch_backward<decltype(element), head_dim()>(params, stream);
+  return tiled::dispatch<32, 64, 128>(params, [&](auto element, auto head_dim, auto) {
+    return tiled::local::launch_backward<decltype(element), head_dim()>(params, stream);
   });
 }
 

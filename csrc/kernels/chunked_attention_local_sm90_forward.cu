@@ -7,7 +7,7 @@
 #include "chunked_attention_local_sm90.cuh"
 
 namespace reformer::kernels {
-namespace sm90::local {
+namespace tiled::local {
 namespace {
 
 // By registers: four warpgroups to a multiprocessor with 128 each, or three with 168.
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
     multiply_rows<Element, kHeadDim>(scores, tile_descriptor(queries),
                                      tile_descriptor(shared_address(shared.keys[stage])));
     wgmma_wait<0>();
-    sm90::pin(scores);
+    tiled::pin(scores);
     if (key_tile == tile || key_tile == line.tiles - 1 || padding != nullptr) {
       mask_scores(scores, line, shared.key_positions[stage], upper_row, thread);
     }
@@ -216,11 +216,11 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, cudaStream_t st
 }
 
 }  // namespace
-}  // namespace sm90::local
+}  // namespace tiled::local
 
 cudaError_t local_sm90_forward(const ChunkedAttentionParams& params, cudaStream_t stream) {
-  return sm90::dispatch<32, 64, 128>(params, [&](auto element, auto head_dim, auto) {
-    return sm90::local::launch_forward<decltype(element), head_dim()>(params, stream);
+  return tiled::dispatch<32, 64, 128>(params, [&](auto element, auto head_dim, auto) {
+    return tiled::local::launch_forward<decltype(element), head_dim()>(params, stream);
   });
 }
 

@@ -2,13 +2,13 @@
 // where more than positions decides: as bits in the places of the main kernels' scores. A kernel of
 // its own, as it keeps many more threads in flight than those. Integer units bound it, which do
 // half of what the others can: what can be is done in floating point.
-#include "chunked_attention_sm90.cuh"
+#include "chunked_attention_tiled.cuh"
 #include "dropout.h"
 
 namespace reformer::kernels {
 namespace {
 
-using namespace sm90;
+using namespace tiled;
 
 static_assert(kPairThreads == kThreads);
 

@@ -1,9 +1,9 @@
 // mma.sync instances of the forward main kernel.
-#include "chunked_attention_shared_forward.cuh"
+#include "chunked_attention_tiled_forward.cuh"
 #include "mma_tile.cuh"
 
 namespace reformer::kernels {
-namespace sm90 {
+namespace tiled {
 namespace {
 
 // Per multiprocessor: as many as have their shared memory there, and registers without spilling.
@@ -26,18 +26,18 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kMasks>)
 }
 
 }  // namespace
-}  // namespace sm90
+}  // namespace tiled
 
 cudaError_t sm80_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
                          cudaStream_t stream) {
-  return sm90::dispatch_masks<32, 64>(
+  return tiled::dispatch_masks<32, 64>(
       params, [&](auto element, auto head_dim, auto causal, auto masks) {
         using Element = decltype(element);
-        return sm90::launch_pass(sm90::forward_kernel<Element, head_dim(), causal(), masks()>,
-                                 sm90::ForwardArgs<Element>(params, stage), stage.head_count,
-                                 sm90::kThreads,
-                                 sizeof(sm90::ForwardShared<sm90::MmaSync<Element>, head_dim()>), 0,
-                                 sm90::kLongestRun, stream);
+        return tiled::launch_pass(tiled::forward_kernel<Element, head_dim(), causal(), masks()>,
+                                  tiled::ForwardArgs<Element>(params, stage), stage.head_count,
+                                  tiled::kThreads,
+                                  sizeof(tiled::ForwardShared<tiled::MmaSync<Element>, head_dim()>),
+                                  0, tiled::kLongestRun, stream);
       });
 }
 

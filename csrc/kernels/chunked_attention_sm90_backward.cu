@@ -1,9 +1,9 @@
 // Wgmma instances of the backward main kernel.
-#include "chunked_attention_shared_backward.cuh"
+#include "chunked_attention_tiled_backward.cuh"
 #include "wgmma.cuh"
 
 namespace reformer::kernels {
-namespace sm90 {
+namespace tiled {
 namespace {
 
 constexpr int kResidentBlocks = 2;  // per multiprocessor
@@ -18,19 +18,19 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 }
 
 }  // namespace
-}  // namespace sm90
+}  // namespace tiled
 
 cudaError_t sm90_backward(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
                           cudaStream_t stream) {
-  if (params.head_dim == 128) return sm90::backward_128(params, stage, stream);
-  return sm90::dispatch_masks<32, 64>(
-      params, [&](auto element, auto head_dim, auto causal, auto masks) {
-        using Element = decltype(element);
-        return sm90::launch_pass(sm90::backward_kernel<Element, head_dim(), causal(), masks()>,
-                                 sm90::BackwardArgs<Element>(params, stage), stage.head_count,
-                                 sm90::kThreads, sizeof(sm90::BackwardShared<sm90::Wgmma<Element>>),
-                                 sm90::kResidentBlocks, sm90::kLongestRun, stream);
-      });
+  if (params.head_dim == 128) return tiled::backward_128(params, stage, stream);
+  return tiled::dispatch_masks<32, 64>(params, [&](auto element, auto head_dim, auto causal,
+                                                   auto masks) {
+    using Element = decltype(element);
+    return tiled::launch_pass(tiled::backward_kernel<Element, head_dim(), causal(), masks()>,
+                              tiled::BackwardArgs<Element>(params, stage), stage.head_count,
+                              tiled::kThreads, sizeof(tiled::BackwardShared<tiled::Wgmma<Element>>),
+                              tiled::kResidentBlocks, tiled::kLongestRun, stream);
+  });
 }
 
 }  // namespace reformer::kernels

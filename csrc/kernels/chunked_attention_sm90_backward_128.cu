@@ -8,10 +8,10 @@
 //   dQ = dS K over the pairs (n - 1, n), whose dS^T the last step left behind, and (n, n),
 // while it computes the P^T and dS^T of the next step. One row of each gradient per (round,
 // position), and no atomics.
-#include "chunked_attention_sm90_backward.cuh"
+#include "chunked_attention_tiled_gradients.cuh"
 #include "wgmma.cuh"
 
-namespace reformer::kernels::sm90 {
+namespace reformer::kernels::tiled {
 namespace {
 
 constexpr int kWarpgroups = 2;
@@ -312,4 +312,4 @@ cudaError_t backward_128(const ChunkedAttentionBackwardParams& params, const Bac
   });
 }
 
-}  // namespace reformer::kernels::sm90
+}  // namespace reformer::kernels::tiled

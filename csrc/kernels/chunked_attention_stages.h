@@ -1,10 +1,11 @@
 // The stages chunked attention is made of, shared by its entry point (chunked_attention.cu) and by
-// the instances of the main kernels: _generic (any shape and flag, sm_80 up), _sm80 (mma.sync fast
-// path) and _sm90 (wgmma fast path).
+// the main kernels: _generic (any shape and flag, sm_80 up) and _tiled (shared QK, chunks of 64
+// with one before them, half precision), which has instances by wgmma (_sm90) and by mma.sync
+// (_sm80).
 //
-//   forward:   key_scale (generic), pair_bits (_sm90, masked) -> main (one partial per round)
+//   forward:   key_scale (generic), pair_bits (tiled, masked) -> main (one partial per round)
 //              -> combine
-//   backward:  row_stats, pair_bits (_sm90, masked) -> main (one partial gradient per round)
+//   backward:  row_stats, pair_bits (tiled, masked) -> main (one partial gradient per round)
 //              -> reduce
 //
 // A stage covers head_count of the batch * heads sequences, from head_begin on: the entry point

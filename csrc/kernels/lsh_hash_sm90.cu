@@ -70,7 +70,7 @@ using Products = float[kChunk][4];  // 64 tokens by a chunk's columns; layout: w
       "{.reg .pred p; setp.ne.b32 p, %53, 0; wgmma.mma_async.sync.aligned.m64n96k16.f32." type \
       "." type " " REFORMER_REGISTERS_12 ", {%48,%49,%50,%51}, %52, p, 1, 1, 0;}"              \
       : REFORMER_OPERANDS_12(products)                                                         \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(sm90::full_descriptor(b)),             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tiled::full_descriptor(b)),            \
         "r"(static_cast<int>(accumulate)))
 
 // products (+)= A B^T for K = 16; b: descriptor of the chunk's columns.
@@ -86,7 +86,7 @@ __device__ __forceinline__ void multiply_k16(Products<12>& products, const uint3
 template <typename T>
 __device__ __forceinline__ void multiply_k16(Products<8>& products, const uint32_t (&a)[4],
                                              uint32_t b, bool accumulate) {
-  sm90::wgmma_k16<T, 0>(products, a, b, accumulate);
+  tiled::wgmma_k16<T, 0>(products, a, b, accumulate);
 }
 
 #undef REFORMER_WGMMA
@@ -125,7 +125,7 @@ __device__ __forceinline__ void load_rotations(char* shared, const char* packed,
   __syncthreads();  // the previous rotations are no longer read
 #pragma unroll 8
   for (int i = threadIdx.x; i < pieces; i += kThreads) destination[i] = __ldg(source + i);
-  sm90::fence_shared_for_wgmma();
+  tiled::fence_shared_for_wgmma();
   __syncthreads();
 }
 
@@ -134,13 +134,13 @@ template <typename T, int kSteps, int kChunk>
 __device__ __forceinline__ void multiply(Products<kChunk>& products,
                                          const uint32_t (&tokens)[kSteps][4], uint32_t chunk,
                                          uint32_t half_stride) {
-  sm90::wgmma_fence();
+  tiled::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     multiply_k16<T>(products, tokens[step],
-                    chunk + step / 4 * half_stride + step % 4 * sm90::kStepKMajor, step > 0);
+                    chunk + step / 4 * half_stride + step % 4 * tiled::kStepKMajor, step > 0);
   }
-  sm90::wgmma_commit();
+  tiled::wgmma_commit();
 }
 
 #endif  // REFORMER_HASH_SM90A
@@ -158,8 +158,8 @@ __global__ __launch_bounds__(launch_bound(kSteps),
   constexpr int kChunk = Factors::kChunk, kWarpgroups = warpgroups(kSteps);
   constexpr bool kPrefetch = kSteps <= 8;  // registers hold the next tokens too
   extern __shared__ char unaligned[];
-  char* shared = unaligned + (-sm90::shared_address(unaligned) & (kAlignment - 1));
-  const uint32_t rotations = sm90::tile_descriptor(sm90::shared_address(shared));
+  char* shared = unaligned + (-tiled::shared_address(unaligned) & (kAlignment - 1));
+  const uint32_t rotations = tiled::tile_descriptor(tiled::shared_address(shared));
   constexpr uint32_t kChunkStride = kChunk * kTileColumns * kRowBytes / 16;  // in descriptor units
   const uint32_t half_stride = packing.columns * (kRowBytes / 16);
   const int chunks = packing.columns / (kChunk * kTileColumns);
@@ -216,7 +216,7 @@ __global__ __launch_bounds__(launch_bound(kSteps),
       for (int chunk = 0; chunk < chunks; ++chunk) {
         multiply<T, kSteps, kChunk>(products, operands[0], rotations + chunk * kChunkStride,
                                     half_stride);
-        sm90::wgmma_wait<0>();
+        tiled::wgmma_wait<0>();
         pin<kChunk>(products);
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) search.take(i, &products[i]);

@@ -5,7 +5,7 @@
 #include "mma.cuh"
 #include "tile.cuh"
 
-namespace reformer::kernels::sm90 {
+namespace reformer::kernels::tiled {
 
 struct MmaTile {
   uint32_t address, thread;  // in shared memory; the calling thread's index
@@ -153,4 +153,4 @@ struct MmaSync {
   }
 };
 
-}  // namespace reformer::kernels::sm90
+}  // namespace reformer::kernels::tiled

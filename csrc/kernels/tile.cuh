@@ -15,7 +15,7 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace reformer::kernels::sm90 {
+namespace reformer::kernels::tiled {
 
 inline constexpr int kTileRows = 64;
 inline constexpr int kTileBytes = 64 * 128;
@@ -179,4 +179,4 @@ __device__ __forceinline__ void store_rows(const AccumulatorOf<kColumns>& tile,
   }
 }
 
-}  // namespace reformer::kernels::sm90
+}  // namespace reformer::kernels::tiled

@@ -6,7 +6,7 @@
 
 #include "tile.cuh"
 
-namespace reformer::kernels::sm90 {
+namespace reformer::kernels::tiled {
 
 // Waits for this thread's copies, shows the block's shared-memory writes to wgmma, and
 // synchronises.
@@ -230,22 +230,22 @@ struct Wgmma {
 
   template <int kSteps>
   static __device__ __forceinline__ void multiply_abt(Accumulator& d, Operand a, Operand b) {
-    sm90::multiply_abt<Element, kSteps>(d, a, b);
+    tiled::multiply_abt<Element, kSteps>(d, a, b);
   }
   template <int kSteps>
   static __device__ __forceinline__ void multiply_abt(Accumulator& d,
                                                       const uint32_t (&a)[kSteps][4], Operand b) {
-    sm90::multiply_abt<Element>(d, a, b);
+    tiled::multiply_abt<Element>(d, a, b);
   }
   template <int kGroups>
   static __device__ __forceinline__ void multiply_ab(float (&d)[kGroups][4], const Fragments& a,
                                                      Operand b, bool accumulate) {
-    sm90::multiply_ab<Element>(d, a, b, accumulate);
+    tiled::multiply_ab<Element>(d, a, b, accumulate);
   }
   template <int kGroups>
   static __device__ __forceinline__ void multiply_atb(float (&d)[kGroups][4], Operand a, Operand b,
                                                       bool accumulate) {
-    sm90::multiply_atb<Element>(d, a, b, accumulate);
+    tiled::multiply_atb<Element>(d, a, b, accumulate);
   }
 
   static __device__ __forceinline__ void fence() { wgmma_fence(); }
@@ -255,18 +255,18 @@ struct Wgmma {
   }
   template <int kGroups>
   static __device__ __forceinline__ void pin(float (&tile)[kGroups][4]) {
-    sm90::pin(tile);
+    tiled::pin(tile);
   }
 
   static __device__ __forceinline__ void copy_async_wait_and_sync() {
-    sm90::copy_async_wait_and_sync();
+    tiled::copy_async_wait_and_sync();
   }
   static __device__ __forceinline__ void fence_shared() { fence_shared_for_wgmma(); }
 
   // Stores the warp's 16 rows of A operands in a tile.
   static __device__ __forceinline__ void store_fragments(uint32_t tile, const Fragments& fragments,
                                                          uint32_t thread) {
-    sm90::store_fragments(tile, fragments, thread);
+    tiled::store_fragments(tile, fragments, thread);
   }
   // Stores 8 x 8 matrices, held as accumulators pack, as the pieces of eight rows from first_piece
   // on.
@@ -276,4 +276,4 @@ struct Wgmma {
   }
 };
 
-}  // namespace reformer::kernels::sm90
+}  // namespace reformer::kernels::tiled

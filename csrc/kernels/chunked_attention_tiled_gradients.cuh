@@ -1,10 +1,10 @@
-// What the backward kernels of chunked attention share: chunked_attention_shared_backward.cuh for
+// What the backward kernels of chunked attention share: chunked_attention_tiled_backward.cuh for
 // head dims up to 64, chunked_attention_sm90_backward_128.cu for 128.
 #pragma once
 
-#include "chunked_attention_sm90_masks.cuh"
+#include "chunked_attention_tiled_masks.cuh"
 
-namespace reformer::kernels::sm90 {
+namespace reformer::kernels::tiled {
 
 template <typename Element>
 struct BackwardArgs {
@@ -154,4 +154,4 @@ __device__ __forceinline__ float projection(float dot, float key_scale) {
 cudaError_t backward_128(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
                          cudaStream_t stream);
 
-}  // namespace reformer::kernels::sm90
+}  // namespace reformer::kernels::tiled

@@ -2,7 +2,7 @@
 // against a double-precision host loop over the inputs as rounded, then times them. No torch.
 //
 //   nvcc -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -fopenmp -I csrc/kernels
-//        csrc/tests/bench_attention_sm90.cu csrc/kernels/chunked_attention_sm[89]0*.cu
+//        csrc/tests/bench_tiled_attention.cu csrc/kernels/chunked_attention_*.cu
 //   a.out check | small | time | masks | main      main: the largest target by head dim; small: a
 //   few chunks, for compute-sanitizer
 #include <algorithm>

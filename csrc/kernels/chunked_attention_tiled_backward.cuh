@@ -8,9 +8,9 @@
 // its own, where dK and dV are complete too: one row of each per (round, position), and no atomics.
 #pragma once
 
-#include "chunked_attention_sm90_backward.cuh"
+#include "chunked_attention_tiled_gradients.cuh"
 
-namespace reformer::kernels::sm90 {
+namespace reformer::kernels::tiled {
 
 enum Tile { kQ, kV, kGradOut, kTiles };
 
@@ -269,4 +269,4 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
   Unit::template wait<0>();
 }
 
-}  // namespace reformer::kernels::sm90
+}  // namespace reformer::kernels::tiled

@@ -2,9 +2,9 @@
 // which pairs may attend (chunked_attention_pair_bits.cu), and the plain instances pay nothing.
 #pragma once
 
-#include "chunked_attention_sm90.cuh"
+#include "chunked_attention_tiled.cuh"
 
-namespace reformer::kernels::sm90 {
+namespace reformer::kernels::tiled {
 
 inline constexpr int kPlain = 0;    // who attends to whom is a matter of positions
 inline constexpr int kBlocked = 1;  // of bits
@@ -72,8 +72,8 @@ struct Pairs {
   // The same, with bits that the compiler does not test long before their use.
   __device__ __forceinline__ Pairs renewed() const {
     PairBits copy = bits;
-    copy.blocked = sm90::renewed(copy.blocked);
-    if constexpr (kMasks == kDropped) copy.dropped = sm90::renewed(copy.dropped);
+    copy.blocked = tiled::renewed(copy.blocked);
+    if constexpr (kMasks == kDropped) copy.dropped = tiled::renewed(copy.dropped);
     return {nullptr, {0, 0}, copy};
   }
   // The thread's pairs with columns 8 j, ...; its own of these begin at `column`.
@@ -106,4 +106,4 @@ struct Pairs<kQueryRows, kCausal, kPlain> {
   }
 };
 
-}  // namespace reformer::kernels::sm90
+}  // namespace reformer::kernels::tiled

@@ -6,9 +6,9 @@
 // partial. The diagonal of a chunk's own scores is |q|^2, which makes its keys q / |q|.
 #pragma once
 
-#include "chunked_attention_sm90_masks.cuh"
+#include "chunked_attention_tiled_masks.cuh"
 
-namespace reformer::kernels::sm90 {
+namespace reformer::kernels::tiled {
 
 template <typename Element>
 struct ForwardArgs {
@@ -362,4 +362,4 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
   }
 }
 
-}  // namespace reformer::kernels::sm90
+}  // namespace reformer::kernels::tiled

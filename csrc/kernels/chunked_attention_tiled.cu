@@ -1,9 +1,9 @@
 // Where the wgmma and mma.sync instances of chunked attention apply.
-#include "chunked_attention_shared_backward.cuh"
+#include "chunked_attention_tiled_backward.cuh"
 #include "mma_tile.cuh"
 
 namespace reformer::kernels {
-namespace sm90 {
+namespace tiled {
 namespace {
 
 // Says whether this build's code for the current device has wgmma: see has_body.
@@ -41,31 +41,31 @@ bool suits(const ChunkedAttentionParams& params) {
 }
 
 }  // namespace
-}  // namespace sm90
+}  // namespace tiled
 
 bool sm90_supports(const ChunkedAttentionParams& params) {
-  return sm90::suits<32, 64, 128>(params) && sm90::has_wgmma();
+  return tiled::suits<32, 64, 128>(params) && tiled::has_wgmma();
 }
 
 bool sm80_supports(const ChunkedAttentionParams& params) {
-  using Shared = sm90::BackwardShared<sm90::MmaSync<__half>>;
+  using Shared = tiled::BackwardShared<tiled::MmaSync<__half>>;
   DeviceTraits traits{};
-  return sm90::suits<32, 64>(params) && current_device_traits(&traits) == cudaSuccess &&
+  return tiled::suits<32, 64>(params) && current_device_traits(&traits) == cudaSuccess &&
          traits.major >= 8 && traits.shared_memory >= static_cast<int>(sizeof(Shared));
 }
 
 bool local_sm90_supports(const ChunkedAttentionParams& params) {
   const bool sizes =
       (params.head_dim == 32 || params.head_dim == 64 || params.head_dim == 128) &&
-      (params.chunk_size % sm90::kTileRows == 0 || params.chunk_size >= params.length) &&
+      (params.chunk_size % tiled::kTileRows == 0 || params.chunk_size >= params.length) &&
       params.length < (int64_t{1} << 30) && params.batch * params.heads < (int64_t{1} << 16);
-  const bool flags = sm90::is_half(params.dtype) && params.k.data != nullptr &&
+  const bool flags = tiled::is_half(params.dtype) && params.k.data != nullptr &&
                      params.order == nullptr && params.buckets == nullptr &&
                      params.dropout_p == 0.0F && params.scale > 0.0F;
-  const bool strides = params.q.stride_l <= sm90::kLargestRowStride &&
-                       params.k.stride_l <= sm90::kLargestRowStride &&
-                       params.v.stride_l <= sm90::kLargestRowStride;
-  return sizes && flags && strides && sm90::has_wgmma();
+  const bool strides = params.q.stride_l <= tiled::kLargestRowStride &&
+                       params.k.stride_l <= tiled::kLargestRowStride &&
+                       params.v.stride_l <= tiled::kLargestRowStride;
+  return sizes && flags && strides && tiled::has_wgmma();
 }
 
 }  // namespace reformer::kernels

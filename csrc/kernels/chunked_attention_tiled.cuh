@@ -15,7 +15,7 @@
 #define REFORMER_SM90A 1  // this pass compiles device code that may hold wgmma
 #endif
 
-namespace reformer::kernels::sm90 {
+namespace reformer::kernels::tiled {
 
 inline constexpr int kThreads = 128;  // one warpgroup
 inline constexpr int kWarps = kThreads / 32;
@@ -222,4 +222,4 @@ cudaError_t dispatch(const ChunkedAttentionParams& params, Launch launch) {
   return cudaErrorInvalidValue;
 }
 
-}  // namespace reformer::kernels::sm90
+}  // namespace reformer::kernels::tiled
