@@ -114,6 +114,18 @@ class _Attention(nn.Module):
         heads = self.in_proj(x).unflatten(-1, (self.n_projections, self.heads, self.head_dim))
         return heads.permute(2, 0, 3, 1, 4)
 
+    def _turn(
+        self, heads: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``(n_projections - 1, B, H, L, D)`` in their positions, and values."""
+        qk, v = heads.split([self.n_projections - 1, 1])
+        v = v.squeeze(0)
+        if rotary is None:
+            return qk, v
+        if torch.is_grad_enabled():
+            v = v.clone()  # as a view it would keep the unturned queries and keys for the backward
+        return apply_rotary(qk, rotary), v
+
     def _project_out(self, out: Tensor) -> Tensor:
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
@@ -281,11 +293,12 @@ class LSHSelfAttention(_Attention):
             ``(B, L, dim)``, and with return_buckets ``(B, H, R, L)`` of int16 where they fit, else
             int32.
         """
-        qk, v = self._project_in(x)
-        hashed = qk
-        if rotary is not None:
-            qk = apply_rotary(qk, rotary)
-            hashed = qk if self.rotary_before_hash else hashed
+        heads = self._project_in(x)
+        qk, v = self._turn(heads, rotary)
+        qk = qk.squeeze(0)
+        # With buckets given, the unturned heads can go.
+        hashed = qk if self.rotary_before_hash or buckets is not None else heads[0]
+        del heads
         if cache is not None and cache_lengths is not None:
             continued = cache.attend(
                 qk,
@@ -429,9 +442,8 @@ class LocalSelfAttention(_Attention):
     ) -> Tensor:
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`, but for
         cache_windows, from :meth:`LocalCache.windows`, in place of cache_lengths."""
-        heads = self._project_in(x)
-        q, k = heads[:2] if rotary is None else apply_rotary(heads[:2], rotary)
-        v = heads[2]
+        qk, v = self._turn(self._project_in(x), rotary)
+        q, k = qk
         if cache is not None and cache_windows is not None:
             return self._project_out(cache.attend(q, k, v, cache_windows, scale=self.scale))
         if cache is not None:
@@ -510,10 +522,9 @@ class FullSelfAttention(_Attention):
     ) -> Tensor:
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`.
         Dropout draws from the global generator."""
-        heads = self._project_in(x)
+        qk, v = self._turn(self._project_in(x), rotary)
         check_padding("FullSelfAttention: expected key_padding_mask", key_padding_mask, x)
-        q, *ks = heads[:-1] if rotary is None else apply_rotary(heads[:-1], rotary)
-        k, v = F.normalize(q, dim=-1) if self.shared_qk else ks[0], heads[-1]
+        q, k = qk if not self.shared_qk else (qk[0], F.normalize(qk[0], dim=-1))
         if cache is not None and cache_lengths is not None:
             out = cache.attend(q, k, v, cache_lengths, scale=self.scale, mask_self=self.shared_qk)
             return self._project_out(out)

@@ -278,7 +278,11 @@ class _AttentionBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        result = self.attention(self.norm(x), **kwargs)
+        x = self.norm(x)
+        if torch.is_autocast_enabled(x.device.type):
+            # As the projection would, but without keeping the float32 beside it.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        result = self.attention(x, **kwargs)
         if isinstance(result, Tensor):
             return self.dropout(result)
         # The recomputed input differs by rounding: without the buckets it could hash differently.
