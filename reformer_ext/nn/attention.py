@@ -114,11 +114,9 @@ class _Attention(nn.Module):
         heads = self.in_proj(x).unflatten(-1, (self.n_projections, self.heads, self.head_dim))
         return heads.permute(2, 0, 3, 1, 4)
 
-    def _turn(
-        self, heads: Tensor, rotary: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def _turn(self, heads: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Queries and keys ``(n_projections - 1, B, H, L, D)`` in their positions, and values."""
-        qk, v = heads.split([self.n_projections - 1, 1])
+        qk, v = torch.split(heads, [self.n_projections - 1, 1])
         v = v.squeeze(0)
         if rotary is None:
             return qk, v

@@ -279,7 +279,7 @@ class _AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         x = self.norm(x)
-        if torch.is_autocast_enabled(x.device.type):
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
             # As the projection would, but without keeping the float32 beside it.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         result = self.attention(x, **kwargs)

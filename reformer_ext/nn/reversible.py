@@ -196,8 +196,9 @@ class _Run:
 
     def take_gradients(self, incoming: tuple[Tensor | None, ...]) -> tuple[None, ...] | None:
         """Before the backward: the engine would hold on to what it passes until the end. It must
-        pass what has a gradient itself, which double backward asks for."""
+        pass what has a gradient itself, for double backward to be refused."""
         if any(dy is not None and dy.requires_grad for dy in incoming):
+            self.incoming = None
             return None
         self.incoming = incoming
         return (None,) * len(incoming)
@@ -270,6 +271,7 @@ class _Reversible(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy1: Tensor | None, dy2: Tensor | None) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
+        incoming, run.incoming = list(run.incoming or (dy1, dy2)), None
         if run.training != [module.training for module in run.stack.modules()]:
             raise RuntimeError(
                 "ReversibleStack: expected backward in the mode of its forward (train or eval), "
@@ -280,17 +282,15 @@ class _Reversible(torch.autograd.Function):
                 "ReversibleStack: expected backward with the parameters of its forward, got "
                 "others, or frozen ones, which would get no gradient"
             )
-        final, saved = list(ctx.saved_tensors[:2]), ctx.saved_tensors[2:]
+        saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # now, not at the end, unless the graph is retained
-        incoming = list(run.incoming or (dy1, dy2))
-        run.incoming = None
-        context = dict(zip(run.context, saved, strict=False))
-        kept = list(saved[len(run.context) + len(run.parameters) :])
-        del saved
         # To be changed in place: the final streams are the user's, and so may be their gradients.
-        y = [final.pop(0).clone() for _ in range(2)]
+        y = [saved.pop(0).clone() for _ in range(2)]
         dy = [torch.zeros_like(y[0]) if d is None else d.clone() for d in incoming]
         del incoming
+        context = dict(zip(run.context, saved, strict=False))
+        kept = saved[len(run.context) + len(run.parameters) :]
+        del saved
         gradients: dict[str | nn.Parameter, Tensor] = {}  # by name of the context's, or parameter
 
         def undo(call: _Call, source: int, target: int) -> None:
@@ -309,12 +309,15 @@ class _Reversible(torch.autograd.Function):
             }
             inputs.update((parameter, parameter) for parameter in call.parameters())
             size = getattr(call.module, "positionwise_chunk_size", 0) or y[source].shape[1]
-            parts = (torch.split(t, size, 1) for t in (y[source], y[target], dy[source], dy[target]))
-            for x, total, dx, dtotal in zip(*parts, strict=True):
+            streams = y[source], y[target], dy[source], dy[target]
+            parts = zip(*(torch.split(stream, size, 1) for stream in streams), strict=True)
+            for x, total, dx, dtotal in parts:
                 x = x.detach().requires_grad_()
                 with torch.enable_grad(), run.autocast():
                     output = call(x, **leaves, **replay)[0]
-                    root: Tensor = _Widened.apply(output, dtotal.dtype)
+                    root: Tensor = _Widened.apply(  # type: ignore[no-untyped-call]
+                        output, dtotal.dtype
+                    )
                 total -= output.detach()
                 del output  # memory that the gradients need
                 if not root.requires_grad:
