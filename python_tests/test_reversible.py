@@ -326,9 +326,9 @@ def training_step(device: str, length: int, **fields: object) -> Callable[[], No
 
 
 def test_peak_bytes_per_token() -> None:
-    """Streams and their gradients, 4 times float32; in bfloat16 an attention layer's input,
-    queries, keys, values, output, and the gradients of these but the first; rotary factors, half a
-    float32. It was 16.7 times float32."""
+    """Streams and their gradients, 4 times float32; in bfloat16 a local layer's queries, keys,
+    values and output, and their gradients; rotary factors, half a float32. It was 16.7 times
+    float32."""
     sizes = {"dim": 64, "heads": 4, "n_hashes": 1, "ff_chunk_size": 64, "loss_chunk_size": 64}
     peaks = []
     for length in (2048, 4096):
@@ -336,7 +336,7 @@ def test_peak_bytes_per_token() -> None:
         with LiveBytes() as live:
             step()
         peaks.append(live.peak)
-    assert (peaks[1] - peaks[0]) / 2048 < (4 + 9 / 2 + 1 / 2 + 0.2) * 64 * 4
+    assert (peaks[1] - peaks[0]) / 2048 < (4 + 8 / 2 + 1 / 2 + 0.2) * 64 * 4
 
 
 def test_positionwise_backward_is_by_chunks() -> None:
@@ -700,8 +700,7 @@ def test_dropout_and_autocast_on_cuda() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_peak_bytes_per_token_on_cuda() -> None:
-    """As on the CPU, and workspaces: of a head at a time, beside sixteen. It was 14 times
-    float32."""
+    """As on the CPU, and the workspace of one head of sixteen. It was 14 times float32."""
     limit = ops.workspace_limit()
     ops.set_workspace_limit(0)
     peaks = []
@@ -714,7 +713,7 @@ def test_peak_bytes_per_token_on_cuda() -> None:
             del step
     finally:
         ops.set_workspace_limit(limit)
-    assert (peaks[1] - peaks[0]) / 16384 < 10 * 1024 * 4
+    assert (peaks[1] - peaks[0]) / 16384 < 9.5 * 1024 * 4
 
 
 @pytest.mark.gpu
