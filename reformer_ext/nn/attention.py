@@ -10,6 +10,7 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..packed import chunked_attention_packed, group_seed, map_sequences, sequence_lengths
@@ -104,15 +105,32 @@ class _Attention(nn.Module):
         out_bias = bias if out_bias is None else out_bias
         self.out_proj = nn.Linear(heads * head_dim, dim, bias=out_bias)
 
-    def _project_in(self, x: Tensor) -> Tensor:
-        """``(B, L, dim) -> (n_projections, B, H, L, D)``, a view of one matrix product."""
+    def _project_in(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """``(B, L, dim) -> (n_projections, B, H, L, D)``, a view of one matrix product. What a norm
+        before it gives is computed again for the backward, not kept."""
         if x.dim() != 3 or x.shape[-1] != self.in_proj.in_features:
             raise ValueError(
                 f"{type(self).__name__}: expected x [B, L, {self.in_proj.in_features}], "
                 f"got {list(x.shape)}"
             )
-        heads = self.in_proj(x).unflatten(-1, (self.n_projections, self.heads, self.head_dim))
+        if norm is None:
+            heads = self.in_proj(x)
+        else:  # checkpoint stops early: the product is not computed again
+            heads = checkpoint(
+                lambda x: self.in_proj(norm(x)), x, use_reentrant=False, preserve_rng_state=False
+            )
+        heads = heads.unflatten(-1, (self.n_projections, self.heads, self.head_dim))
         return heads.permute(2, 0, 3, 1, 4)
+
+    def _turn(self, heads: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``(n_projections - 1, B, H, L, D)`` in their positions, and values."""
+        qk, v = torch.split(heads, [self.n_projections - 1, 1])
+        v = v.squeeze(0)
+        if rotary is None:
+            return qk, v
+        if torch.is_grad_enabled():
+            v = v.clone()  # as a view it would keep the unturned queries and keys for the backward
+        return apply_rotary(qk, rotary), v
 
     def _project_out(self, out: Tensor) -> Tensor:
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -255,6 +273,7 @@ class LSHSelfAttention(_Attention):
         buckets: Tensor | None = None,
         return_buckets: bool = False,
         cu_seqlens: Sequence[int] | Tensor | None = None,
+        norm: nn.Module | None = None,
         cache: LSHCache | None = None,
         cache_lengths: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -273,6 +292,8 @@ class LSHSelfAttention(_Attention):
             return_buckets: return the buckets too.
             cu_seqlens: x is packed sequences, ``(1, total, dim)``, each of which attends within
                 itself, as alone; see :mod:`reformer_ext.packed`.
+            norm: applied to x first, and once more in the backward, rather than keeping what it
+                gave.
             cache: with ``cache_lengths``, int64 ``(B,)``, the positions that it holds, x continues
                 those; without, x begins the sequences (padded at their ends) and fills the cache,
                 whose hash is then used.
@@ -281,11 +302,12 @@ class LSHSelfAttention(_Attention):
             ``(B, L, dim)``, and with return_buckets ``(B, H, R, L)`` of int16 where they fit, else
             int32.
         """
-        qk, v = self._project_in(x)
-        hashed = qk
-        if rotary is not None:
-            qk = apply_rotary(qk, rotary)
-            hashed = qk if self.rotary_before_hash else hashed
+        heads = self._project_in(x, norm)
+        qk, v = self._turn(heads, rotary)
+        qk = qk.squeeze(0)
+        # With buckets given, the unturned heads can go.
+        hashed = qk if self.rotary_before_hash or buckets is not None else heads[0]
+        del heads
         if cache is not None and cache_lengths is not None:
             continued = cache.attend(
                 qk,
@@ -424,14 +446,14 @@ class LocalSelfAttention(_Attention):
         rotary: tuple[Tensor, Tensor] | None = None,
         dropout_seed: int | Tensor | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
+        norm: nn.Module | None = None,
         cache: LocalCache | None = None,
         cache_windows: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`, but for
         cache_windows, from :meth:`LocalCache.windows`, in place of cache_lengths."""
-        heads = self._project_in(x)
-        q, k = heads[:2] if rotary is None else apply_rotary(heads[:2], rotary)
-        v = heads[2]
+        qk, v = self._turn(self._project_in(x, norm), rotary)
+        q, k = qk
         if cache is not None and cache_windows is not None:
             return self._project_out(cache.attend(q, k, v, cache_windows, scale=self.scale))
         if cache is not None:
@@ -505,15 +527,15 @@ class FullSelfAttention(_Attention):
         key_padding_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
+        norm: nn.Module | None = None,
         cache: FullCache | None = None,
         cache_lengths: Tensor | None = None,
     ) -> Tensor:
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`.
         Dropout draws from the global generator."""
-        heads = self._project_in(x)
+        qk, v = self._turn(self._project_in(x, norm), rotary)
         check_padding("FullSelfAttention: expected key_padding_mask", key_padding_mask, x)
-        q, *ks = heads[:-1] if rotary is None else apply_rotary(heads[:-1], rotary)
-        k, v = F.normalize(q, dim=-1) if self.shared_qk else ks[0], heads[-1]
+        q, k = qk if not self.shared_qk else (qk[0], F.normalize(qk[0], dim=-1))
         if cache is not None and cache_lengths is not None:
             out = cache.attend(q, k, v, cache_lengths, scale=self.scale, mask_self=self.shared_qk)
             return self._project_out(out)

@@ -41,7 +41,8 @@ class ReformerConfig:
         ff_hidden: width of the feed-forward layers; None: ``4 * dim``.
         ff_chunk_size: positions at a time in a feed-forward layer; 0: all, as always where
             ``torch.export`` makes the length dynamic. ``torch.compile`` compiles anew for each
-            number of chunks.
+            number of chunks. Where there are several, attention layers do not keep their
+            normalised input, but normalise again in the backward pass.
         ff_activation: "gelu", "relu" or "silu".
         ff_glu: gated feed-forward layers.
         n_hashes: hash rounds R of LSH layers.
@@ -275,15 +276,32 @@ class _AttentionBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.attention = attention
+        takes_norm = isinstance(
+            attention, (FullSelfAttention, LocalSelfAttention, LSHSelfAttention)
+        )
+        self.chunk_size = config.ff_chunk_size if takes_norm else 0
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        result = self.attention(self.norm(x), **kwargs)
+        if self._norms_again(x):
+            kwargs["norm"] = self.norm
+        else:
+            x = self.norm(x)
+            if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+                # As the projection would, but without keeping the float32 beside it.
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+        result = self.attention(x, **kwargs)
         if isinstance(result, Tensor):
             return self.dropout(result)
         # The recomputed input differs by rounding: without the buckets it could hash differently.
         y, buckets = result
         return self.dropout(y), {"buckets": buckets}
+
+    def _norms_again(self, x: Tensor) -> bool:
+        """In the backward, to save memory, where a feed-forward layer takes chunks for it."""
+        if self.chunk_size == 0 or not torch.is_grad_enabled() or exports_any(x.shape[1]):
+            return False
+        return x.shape[1] > self.chunk_size
 
 
 class _FeedForwardBlock(nn.Module):

@@ -136,6 +136,8 @@ class ReversibleStack(nn.Module):
         streams: tuple[Tensor, Tensor] = _Reversible.apply(  # type: ignore[no-untyped-call]
             run, x1, x2, *context.values(), *run.parameters
         )
+        if streams[0].grad_fn is not None:
+            streams[0].grad_fn.register_prehook(run.take_gradients)
         return streams
 
 
@@ -175,6 +177,7 @@ class _Run:
         self.device = device
         self.preserve_rng_state = preserve_rng_state
         self.context = context
+        self.incoming: tuple[Tensor | None, ...] | None = None
         self.parameters = self.current_parameters()
         if any(_is_sharded(p) for p in self.parameters):  # would get no gradient
             raise RuntimeError(
@@ -190,6 +193,15 @@ class _Run:
     def current_parameters(self) -> list[nn.Parameter]:
         """Those of all calls that require grad, each once."""
         return list(dict.fromkeys(p for call in self.calls for p in call.parameters()))
+
+    def take_gradients(self, incoming: tuple[Tensor | None, ...]) -> tuple[None, ...] | None:
+        """Before the backward: the engine would hold on to what it passes until the end. It must
+        pass what has a gradient itself, for double backward to be refused."""
+        if any(dy is not None and dy.requires_grad for dy in incoming):
+            self.incoming = None
+            return None
+        self.incoming = incoming
+        return (None,) * len(incoming)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -251,13 +263,15 @@ class _Reversible(torch.autograd.Function):
                 x1 = x1 + record(f, x2)
                 x2 = x2 + record(g, x1)
         ctx.run = run
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x1, x2, *context_and_parameters, *kept)
         return x1, x2
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy1: Tensor, dy2: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy1: Tensor | None, dy2: Tensor | None) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
+        incoming, run.incoming = list(run.incoming or (dy1, dy2)), None
         if run.training != [module.training for module in run.stack.modules()]:
             raise RuntimeError(
                 "ReversibleStack: expected backward in the mode of its forward (train or eval), "
@@ -268,13 +282,20 @@ class _Reversible(torch.autograd.Function):
                 "ReversibleStack: expected backward with the parameters of its forward, got "
                 "others, or frozen ones, which would get no gradient"
             )
-        y1, y2, *saved = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()  # now, not at the end, unless the graph is retained
+        # To be changed in place: the final streams are the user's, and so may be their gradients.
+        y = [saved.pop(0).clone() for _ in range(2)]
+        dy = [torch.zeros_like(y[0]) if d is None else d.clone() for d in incoming]
+        del incoming
         context = dict(zip(run.context, saved, strict=False))
         kept = saved[len(run.context) + len(run.parameters) :]
+        del saved
         gradients: dict[str | nn.Parameter, Tensor] = {}  # by name of the context's, or parameter
 
-        def recompute(call: _Call, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-            """``module(x)`` again, and what ``dy`` at its output is at ``x``."""
+        def undo(call: _Call, source: int, target: int) -> None:
+            """Takes ``module(y[source])`` off ``y[target]``, and adds to ``dy[source]`` what
+            ``dy[target]`` at the module's output is at its input."""
             run.set_rng_state(call.rng)
             split = len(kept) - len(call.replay)
             replay = dict(zip(call.replay, kept[split:], strict=True))
@@ -287,36 +308,54 @@ class _Reversible(torch.autograd.Function):
                 name: leaf for name, leaf in leaves.items() if leaf.requires_grad
             }
             inputs.update((parameter, parameter) for parameter in call.parameters())
-            size = getattr(call.module, "positionwise_chunk_size", 0) or x.shape[1]
-            ys, dxs = [], []
-            for part, dpart in zip(torch.split(x, size, 1), torch.split(dy, size, 1), strict=True):
-                leaf = part.detach().requires_grad_()
+            size = getattr(call.module, "positionwise_chunk_size", 0) or y[source].shape[1]
+            streams = y[source], y[target], dy[source], dy[target]
+            parts = zip(*(torch.split(stream, size, 1) for stream in streams), strict=True)
+            for x, total, dx, dtotal in parts:
+                x = x.detach().requires_grad_()
                 with torch.enable_grad(), run.autocast():
-                    y, _ = call(leaf, **leaves, **replay)
-                if y.requires_grad:
-                    dx, *dinputs = torch.autograd.grad(
-                        y, [leaf, *inputs.values()], dpart.to(y.dtype), allow_unused=True
+                    output = call(x, **leaves, **replay)[0]
+                    root: Tensor = _Widened.apply(  # type: ignore[no-untyped-call]
+                        output, dtotal.dtype
                     )
-                else:
-                    dx, dinputs = None, []
-                for key, gradient in zip(inputs, dinputs, strict=False):
-                    if gradient is not None:
-                        # Not in place: a gradient may share memory with dy.
-                        known = gradients.get(key)
-                        gradients[key] = gradient if known is None else known + gradient
-                ys.append(y.detach())
-                dxs.append(torch.zeros_like(part) if dx is None else dx)
-            return _join(ys), _join(dxs)
+                total -= output.detach()
+                del output  # memory that the gradients need
+                if not root.requires_grad:
+                    continue
+                found, *others = torch.autograd.grad(
+                    root, [x, *inputs.values()], dtotal, allow_unused=True
+                )
+                if found is not None:
+                    dx += found
+                for key, gradient in zip(inputs, others, strict=True):
+                    if gradient is None:
+                        continue
+                    if _share_memory(gradient, dtotal):  # which changes later
+                        gradient = gradient.clone()
+                    # Not in place: two parameters may have one gradient.
+                    known = gradients.get(key)
+                    gradients[key] = gradient if known is None else known + gradient
 
         with run.fork_rng():
             for f, g in reversed(_pairs(run.calls)):
-                y, dx = recompute(g, y1, dy2)
-                x2, dy1 = y2 - y, dy1 + dx
-                y, dx = recompute(f, x2, dy1)
-                x1, dy2 = y1 - y, dy2 + dx
-                y1, y2 = x1, x2
+                undo(g, 0, 1)
+                undo(f, 1, 0)
         keys: tuple[str | nn.Parameter, ...] = (*run.context, *run.parameters)
-        return None, dy1, dy2, *(gradients.get(key) for key in keys)
+        return None, *dy, *(gradients.get(key) for key in keys)
+
+
+class _Widened(torch.autograd.Function):
+    """Stands for ``y`` in the dtype of its gradient: engine and caller hold the gradient that they
+    start from, and this way no second one in the dtype of ``y``."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = y.dtype
+        return y.new_zeros((), dtype=dtype).expand(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy.to(ctx.dtype), None
 
 
 def _pairs(calls: Sequence[_Call]) -> list[tuple[_Call, _Call]]:
@@ -331,8 +370,8 @@ def _is_sharded(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, DTensor)
 
 
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
