@@ -6,24 +6,11 @@
 #include <torch/library.h>
 
 #include "apply_rotary_common.h"
+#include "kernel_dtype.h"
 #include "kernels/apply_rotary.h"
 
 namespace reformer {
 namespace {
-
-// float64: none.
-std::optional<kernels::DType> dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return kernels::DType::f32;
-    case at::kHalf:
-      return kernels::DType::f16;
-    case at::kBFloat16:
-      return kernels::DType::bf16;
-    default:
-      return std::nullopt;
-  }
-}
 
 // Whether all rows begin at multiples of 16 bytes, with nothing between their elements.
 bool has_aligned_rows(const at::Tensor& x) {
@@ -42,7 +29,7 @@ kernels::RotaryRows rows_of(const at::Tensor& x) {
 at::Tensor apply_rotary_cuda(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   const c10::cuda::CUDAGuard guard(x.device());
   check_apply_rotary(x, cos, sin);
-  const auto dtype = dtype_of(x);
+  const auto dtype = kernel_dtype(x);
   const at::Tensor out = at::empty_like(x);
   const bool fits = x.size(-1) / 2 * x.element_size() % 16 == 0 && has_aligned_rows(x) &&
                     has_aligned_rows(out) && has_aligned_rows(cos) && has_aligned_rows(sin);

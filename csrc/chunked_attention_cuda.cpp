@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "chunked_attention_common.h"
+#include "kernel_dtype.h"
 #include "kernels/chunked_attention.h"
 #include "reformer.h"
 
@@ -22,19 +23,6 @@ void check_length(const char* op, const ChunkedAttentionArgs& args) {
   REFORMER_CHECK(args.length() <= (int64_t{1} << 30) / args.rounds(), op,
                  ": expected at most 2^30 positions over all rounds on CUDA, got ", args.length(),
                  " positions in ", args.rounds(), " rounds");
-}
-
-kernels::DType dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return kernels::DType::f32;
-    case at::kHalf:
-      return kernels::DType::f16;
-    case at::kBFloat16:
-      return kernels::DType::bf16;
-    default:
-      TORCH_INTERNAL_ASSERT(false, "unchecked dtype ", x.scalar_type());
-  }
 }
 
 // x itself, or a copy, with contiguous rows that begin at multiples of 16 bytes.
@@ -75,7 +63,7 @@ void fill(ChunkedAttentionParams& params, const ChunkedAttentionArgs& args) {
   params.buckets = data_of<int32_t>(args.buckets);
   params.key_padding_mask = data_of<bool>(args.key_padding_mask);
   params.dropout_seed = data_of<int64_t>(args.dropout_seed);
-  params.dtype = dtype_of(args.q);
+  params.dtype = kernel_dtype(args.q).value();
   params.batch = args.batch();
   params.heads = args.heads();
   params.length = args.length();

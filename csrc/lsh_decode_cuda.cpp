@@ -11,6 +11,7 @@
 
 #include "checks.h"
 #include "chunked_attention_common.h"
+#include "kernel_dtype.h"
 #include "kernels/lsh_decode.h"
 #include "lsh_decode_common.h"
 #include "reformer.h"
@@ -19,20 +20,6 @@ namespace reformer {
 namespace {
 
 using kernels::NewRows;
-
-// float64: none.
-std::optional<kernels::DType> dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return kernels::DType::f32;
-    case at::kHalf:
-      return kernels::DType::f16;
-    case at::kBFloat16:
-      return kernels::DType::bf16;
-    default:
-      return std::nullopt;
-  }
-}
 
 bool is_aligned(const at::Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
@@ -51,7 +38,7 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode_cuda(
     bool correct_duplicates) {
   const c10::cuda::CUDAGuard guard(q_given.device());
   check_lsh_decode(q_given, keys, values, table, counts, buckets_given, own_values_given, scale);
-  const auto dtype = dtype_of(q_given);
+  const auto dtype = kernel_dtype(q_given);
   if (!dtype.has_value() || q_given.size(3) % 8 != 0 || !is_aligned(keys) || !is_aligned(values)) {
     return lsh_decode_composite(q_given, keys, values, table, counts, buckets_given,
                                 own_values_given, scale, correct_duplicates);
@@ -106,7 +93,7 @@ void lsh_cache_append_cuda(const at::Tensor& keys, const at::Tensor& values,
   const c10::cuda::CUDAGuard guard(k_given.device());
   check_lsh_cache_append(keys, values, table, counts, k_given, v_given, buckets_given,
                          lengths_given);
-  const auto dtype = dtype_of(k_given);
+  const auto dtype = kernel_dtype(k_given);
   if (!dtype.has_value()) {
     lsh_cache_append_composite(keys, values, table, counts, k_given, v_given, buckets_given,
                                lengths_given, normalize);

@@ -6,24 +6,18 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "kernel_dtype.h"
 #include "kernels/lsh_hash.h"
 #include "lsh_hash_common.h"
 
 namespace reformer {
 namespace {
 
-kernels::DType kernel_dtype(const char* name, const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return kernels::DType::f32;
-    case at::kHalf:
-      return kernels::DType::f16;
-    case at::kBFloat16:
-      return kernels::DType::bf16;
-    default:
-      REFORMER_CHECK(false, "lsh_hash: expected ", name,
-                     " of dtype float32, float16 or bfloat16 on CUDA, got ", x.scalar_type());
-  }
+kernels::DType checked_dtype(const char* name, const at::Tensor& x) {
+  const auto dtype = kernel_dtype(x);
+  REFORMER_CHECK(dtype.has_value(), "lsh_hash: expected ", name,
+                 " of dtype float32, float16 or bfloat16 on CUDA, got ", x.scalar_type());
+  return *dtype;
 }
 
 // A dimension of one element may have any stride: a zero keeps it from hiding that rows are
@@ -36,8 +30,8 @@ at::Tensor lsh_hash_cuda(const at::Tensor& x_given, const at::Tensor& rotations_
   const c10::cuda::CUDAGuard guard(x_given.device());
   check_lsh_hash(x_given, rotations_given, n_buckets, key_padding_mask);
   kernels::LshHashParams params = {};
-  params.x_dtype = kernel_dtype("x", x_given);
-  params.rotations_dtype = kernel_dtype("rotations", rotations_given);
+  params.x_dtype = checked_dtype("x", x_given);
+  params.rotations_dtype = checked_dtype("rotations", rotations_given);
   at::Tensor buckets = lsh_hash_output(x_given, rotations_given);
   if (buckets.numel() == 0) return buckets;
 

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "apply_rotary.h"
+#include "dtype.cuh"
 #include "launch.cuh"
 #include "mma.cuh"
 
@@ -88,15 +89,7 @@ cudaError_t apply_rotary(const ApplyRotaryParams& params, cudaStream_t stream) {
   if (params.parts * params.batch * params.heads * params.length * params.head_dim == 0) {
     return cudaSuccess;
   }
-  switch (params.dtype) {
-    case DType::f32:
-      return launch<float>(params, stream);
-    case DType::f16:
-      return launch<__half>(params, stream);
-    case DType::bf16:
-      return launch<__nv_bfloat16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  return dispatch_dtype(params.dtype, [&](auto x) { return launch<decltype(x)>(params, stream); });
 }
 
 }  // namespace reformer::kernels

@@ -9,6 +9,7 @@
 
 #include "chunked_attention.h"
 #include "chunked_attention_stages.h"
+#include "dtype.cuh"
 #include "launch.cuh"
 #include "mma.cuh"
 
@@ -339,15 +340,7 @@ cudaError_t launch_positions(const ChunkedAttentionParams& params, int64_t head_
                ? launch(element, std::integral_constant<int, kFewLanes>{})
                : launch(element, std::integral_constant<int, kManyLanes>{});
   };
-  switch (params.dtype) {
-    case DType::f32:
-      return by_lanes(float{});
-    case DType::f16:
-      return by_lanes(__half{});
-    case DType::bf16:
-      return by_lanes(__nv_bfloat16{});
-  }
-  return cudaErrorInvalidValue;
+  return dispatch_dtype(params.dtype, by_lanes);
 }
 
 // The instances of the main kernels.

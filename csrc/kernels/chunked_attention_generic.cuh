@@ -12,6 +12,7 @@
 
 #include "chunked_attention_stages.h"
 #include "dropout.h"
+#include "dtype.cuh"
 #include "mma.cuh"
 
 namespace reformer::kernels::generic {
@@ -438,26 +439,15 @@ __device__ __forceinline__ void scatter_rows(const float (&sum)[kTiles][4], T* s
 
 // Calls launch(T{}, std::integral_constant<int, kHeadDim>) for the element type and the head
 // dimension rounded up to what there is a kernel for.
-template <typename T, class Launch>
-cudaError_t dispatch_head_dim(int64_t head_dim, Launch launch) {
-  if (head_dim <= 32) return launch(T{}, std::integral_constant<int, 32>{});
-  if (head_dim <= 64) return launch(T{}, std::integral_constant<int, 64>{});
-  if (head_dim <= 128) return launch(T{}, std::integral_constant<int, 128>{});
-  if (head_dim <= 256) return launch(T{}, std::integral_constant<int, 256>{});
-  return cudaErrorInvalidValue;
-}
-
 template <class Launch>
 cudaError_t dispatch(const ChunkedAttentionParams& params, Launch launch) {
-  switch (params.dtype) {
-    case DType::f32:
-      return dispatch_head_dim<float>(params.head_dim, launch);
-    case DType::f16:
-      return dispatch_head_dim<__half>(params.head_dim, launch);
-    case DType::bf16:
-      return dispatch_head_dim<__nv_bfloat16>(params.head_dim, launch);
-  }
-  return cudaErrorInvalidValue;
+  return dispatch_dtype(params.dtype, [&](auto element) {
+    if (params.head_dim <= 32) return launch(element, std::integral_constant<int, 32>{});
+    if (params.head_dim <= 64) return launch(element, std::integral_constant<int, 64>{});
+    if (params.head_dim <= 128) return launch(element, std::integral_constant<int, 128>{});
+    if (params.head_dim <= 256) return launch(element, std::integral_constant<int, 256>{});
+    return cudaErrorInvalidValue;
+  });
 }
 
 // Launches with the dynamic shared memory that the kernel's Shared struct takes.

@@ -2,6 +2,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "dtype.cuh"
 #include "launch.cuh"
 #include "lsh_decode.h"
 #include "mma.cuh"
@@ -379,15 +380,8 @@ cudaError_t lsh_decode(const LshDecodeParams& given, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   LshDecodeParams params = given;
   if (!plan.workspace) params.workspace = nullptr;
-  switch (params.dtype) {
-    case DType::f32:
-      return launch_decode<float>(params, plan, stream);
-    case DType::f16:
-      return launch_decode<__half>(params, plan, stream);
-    case DType::bf16:
-      return launch_decode<__nv_bfloat16>(params, plan, stream);
-  }
-  return cudaErrorInvalidValue;
+  return dispatch_dtype(params.dtype,
+                        [&](auto x) { return launch_decode<decltype(x)>(params, plan, stream); });
 }
 
 // ---- Growth
@@ -562,15 +556,8 @@ cudaError_t launch_append(const LshCacheAppendParams& params, cudaStream_t strea
 cudaError_t lsh_cache_append(const LshCacheAppendParams& params, cudaStream_t stream) {
   if (!valid(params)) return cudaErrorInvalidValue;
   if (params.batch * params.heads * params.rows == 0) return cudaSuccess;
-  switch (params.dtype) {
-    case DType::f32:
-      return launch_append<float>(params, stream);
-    case DType::f16:
-      return launch_append<__half>(params, stream);
-    case DType::bf16:
-      return launch_append<__nv_bfloat16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  return dispatch_dtype(params.dtype,
+                        [&](auto x) { return launch_append<decltype(x)>(params, stream); });
 }
 
 }  // namespace reformer::kernels

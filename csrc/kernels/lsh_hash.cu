@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "device_traits.cuh"
+#include "dtype.cuh"
 #include "lsh_hash.h"
 #include "lsh_hash_columns.h"
 
@@ -293,15 +294,8 @@ cudaError_t lsh_hash(const LshHashParams& params, cudaStream_t stream) {
 }
 
 cudaError_t lsh_hash_simt(const LshHashParams& params, cudaStream_t stream) {
-  switch (params.x_dtype) {
-    case DType::f32:
-      return launch<float>(params, stream);
-    case DType::f16:
-      return launch<__half>(params, stream);
-    case DType::bf16:
-      return launch<__nv_bfloat16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  return dispatch_dtype(params.x_dtype,
+                        [&](auto x) { return launch<decltype(x)>(params, stream); });
 }
 
 }  // namespace reformer::kernels

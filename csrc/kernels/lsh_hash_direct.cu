@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "dtype.cuh"
 #include "launch.cuh"
 #include "lsh_hash_columns.h"
 #include "mma.cuh"
@@ -162,15 +163,8 @@ bool lsh_hash_direct_supports(const LshHashParams& params) {
 }
 
 cudaError_t lsh_hash_direct(const LshHashParams& params, cudaStream_t stream) {
-  switch (params.rotations_dtype) {
-    case DType::f32:
-      return launch<float>(params, stream);
-    case DType::f16:
-      return launch<__half>(params, stream);
-    case DType::bf16:
-      return launch<__nv_bfloat16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  return dispatch_dtype(params.rotations_dtype,
+                        [&](auto x) { return launch<decltype(x)>(params, stream); });
 }
 
 }  // namespace reformer::kernels

@@ -1,0 +1,26 @@
+// The element types that DType names.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include "dtype.h"
+
+namespace reformer::kernels {
+
+// launch(Element{}) for the dtype's element.
+template <typename Launch>
+cudaError_t dispatch_dtype(DType dtype, const Launch& launch) {
+  switch (dtype) {
+    case DType::f32:
+      return launch(float{});
+    case DType::f16:
+      return launch(__half{});
+    case DType::bf16:
+      return launch(__nv_bfloat16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace reformer::kernels
