@@ -58,8 +58,9 @@ sanitize: $(KERNEL_TESTS:%=build/kernels/%)
 	  $(SANITIZER) --tool $$tool build/kernels/bench_tiled_attention small; \
 	done
 
-# The tensor-core instances fill the registers; a spill costs them a tenth. Needs nvcc, but no GPU.
-spills: $(wildcard csrc/kernels/*_sm[89]0*.cu)
+# The instances of attention, and the hash by wgmma, fill the registers; a spill costs them a tenth.
+# Needs nvcc, but no GPU.
+spills: $(wildcard csrc/kernels/*_sm90*.cu csrc/kernels/chunked_attention_sm80*.cu)
 	@mkdir -p build/kernels
 	set -e; for kernel in $^; do \
 	  $(NVCC) $(NVCCFLAGS) -Xptxas --warn-on-spills,--warning-as-error -c $$kernel -o build/kernels/spills.o; \
