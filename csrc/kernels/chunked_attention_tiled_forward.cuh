@@ -36,11 +36,16 @@ struct ForwardArgs {
         masks(params, stage.pair_bits) {}
 };
 
+// Where products are done at once, the next chunk takes the place of the previous one as soon as
+// there are scores: less shared memory, for multiprocessors that have little.
+template <typename Unit>
+constexpr int kQuerySlots = Unit::kOperandsInRegisters ? 2 : kSlots;
+
 // Shared memory: a ring of chunks, each the tiles of q (queries and keys) and those of v, and their
 // constants.
-template <int kHeadDim, int kQueries>
-struct ForwardSharedOf {
-  uint8_t q[kQueries][kTilesPerRow<kHeadDim>][kTileBytes];
+template <typename Unit, int kHeadDim>
+struct ForwardShared {
+  uint8_t q[kQuerySlots<Unit>][kTilesPerRow<kHeadDim>][kTileBytes];
   uint8_t v[kSlots][kTilesPerRow<kHeadDim>][kTileBytes];
   float key_scale[kSlots][kTileRows];   // scale * log2(e) / |q|
   int key_position[kSlots][kTileRows];  // kInvalidKey: nobody may attend to it
@@ -48,14 +53,6 @@ struct ForwardSharedOf {
   int position[kPositionSlots][kTileRows];
   uint8_t staging[kWarps][kStagingBytes];
 };
-
-// Where products are done at once, the next chunk takes the place of the previous one as soon as
-// there are scores: less shared memory, for multiprocessors that have little.
-template <typename Unit>
-constexpr int kQuerySlots = Unit::kOperandsInRegisters ? 2 : kSlots;
-
-template <typename Unit, int kHeadDim>
-using ForwardShared = ForwardSharedOf<kHeadDim, kQuerySlots<Unit>>;
 
 // Logits in base 2 are at most |q| scale log2(e), as keys have unit length. Where that bound is no
 // larger than this, the softmax is shifted by it and no maximum is taken: the largest weight of a

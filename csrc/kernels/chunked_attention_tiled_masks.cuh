@@ -1,4 +1,4 @@
-// Masks of the wgmma kernels beyond order, self and padding: a kernel before them has worked out
+// Masks of the tiled kernels beyond order, self and padding: a kernel before them has worked out
 // which pairs may attend (chunked_attention_pair_bits.cu), and the plain instances pay nothing.
 #pragma once
 
@@ -11,7 +11,7 @@ inline constexpr int kBlocked = 1;  // of bits
 inline constexpr int kDropped = 2;  // of bits, and so is which weights count
 
 struct MaskArgs {
-  const void* pair_bits;  // see BackwardStage
+  const void* pair_bits;  // see ForwardStage
   float dropout_scale;    // of the weights that are kept
 
   MaskArgs(const ChunkedAttentionParams& params, const void* pair_bits)

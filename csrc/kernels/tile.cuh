@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "mma.cuh"
+
 namespace reformer::kernels::tiled {
 
 inline constexpr int kTileRows = 64;
@@ -121,11 +123,7 @@ __device__ __forceinline__ void load_fragments(uint32_t (&fragments)[kSteps][4],
   const uint32_t lane = thread % 32, row = thread / 32 * 16 + lane % 16;
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragments[k][0]), "=r"(fragments[k][1]), "=r"(fragments[k][2]),
-                   "=r"(fragments[k][3])
-                 : "r"(tile + k / 4 * kTileBytes + swizzled(row, 2 * (k % 4) + lane / 16))
-                 : "memory");
+    load_matrices(fragments[k], tile + k / 4 * kTileBytes + swizzled(row, 2 * (k % 4) + lane / 16));
   }
 }
 
