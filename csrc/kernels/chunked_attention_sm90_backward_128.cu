@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     const int row = threadIdx.x;
     RowStats& stats = shared.stats[n % kStatsSlots][row % kTileRows];
     if (row < line.rows(chunk)) {
-      copy_async<16>(shared_address(&stats), row_stats + positions(n)[row]);
+      copy_async_16(shared_address(&stats), row_stats + positions(n)[row]);
     } else if (row < kTileRows) {
       stats = {INFINITY, 0.0F, 0.0F, 1.0F};  // past the end: no weight, no key
     }

@@ -118,7 +118,7 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
     gather_tile<kHeadDim>(shared_address(tiles[Shared::kGradOutTile]), grad_out_rows,
                           args.grad_out.row_bytes, copied, thread);
     if (thread < rows) {
-      copy_async<16>(shared_address(&shared.stats[slot][thread]), row_stats + positions[thread]);
+      copy_async_16(shared_address(&shared.stats[slot][thread]), row_stats + positions[thread]);
     } else if (thread < kTileRows) {
       shared.stats[slot][thread] = {INFINITY, 0.0F, 0.0F, 1.0F};  // past the end: no weight, no key
     }

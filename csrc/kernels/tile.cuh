@@ -90,16 +90,9 @@ __device__ __forceinline__ float rsqrt_approx(float x) {
 
 // ---- Asynchronous copies from global to shared memory
 
-template <int kBytes>
-__device__ __forceinline__ void copy_async(uint32_t destination, const void* source) {
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(destination), "l"(source),
-                 "n"(kBytes)
-                 : "memory");
-  }
+__device__ __forceinline__ void copy_async_16(uint32_t destination, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source)
+               : "memory");
 }
 
 __device__ __forceinline__ void copy_async_commit() {
