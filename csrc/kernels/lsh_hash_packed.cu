@@ -34,12 +34,15 @@ __global__ void pack_kernel(const __grid_constant__ LshHashParams params,
   const int group = rest % packing.groups;
   const int64_t head = rest / packing.groups;
 
-  const int round = group * packing.rounds + column / kTileColumns / columns.tiles_per_round;
-  int tile = column / kTileColumns % columns.tiles_per_round, factor = 0;
+  int tile = column / kTileColumns;
+  const int lane = column % kTileColumns / kLaneColumns;
+  const int round = group * packing.rounds + tile / columns.tiles_per_round * kLaneRounds + lane;
+  const bool inside = round < min(static_cast<int>(params.rounds), (group + 1) * packing.rounds);
+  tile %= columns.tiles_per_round;
+  int factor = 0;
   while (tile >= columns.factors[factor].tiles) tile -= columns.factors[factor++].tiles;
-  const int factor_column = tile * kTileColumns + column % kTileColumns;
-  const bool real = column < packing.rounds * columns.tiles_per_round * kTileColumns &&
-                    round < params.rounds && factor_column < columns.factors[factor].columns;
+  const int factor_column = tile * kLaneColumns + column % kLaneColumns;
+  const bool real = inside && factor_column < columns.factors[factor].columns;
 
   const T* rotations = static_cast<const T*>(params.rotations);
   const int64_t row_stride = params.rounds * columns.columns;
@@ -82,15 +85,15 @@ Packing make_packing(const LshHashParams& params, const HashColumns& columns, in
   packing.halves = params.head_dim <= 64 ? 1 : params.head_dim <= 128 ? 2 : 4;
   const int64_t fitting_columns =
       shared_memory / (packing.halves * kRowBytes) / chunk_columns * chunk_columns;
-  const int64_t round_columns = int64_t{columns.tiles_per_round} * kTileColumns;
-  const int64_t fitting_rounds = std::min(fitting_columns / round_columns, params.rounds);
-  if (fitting_rounds == 0) return packing;
-  const int64_t groups =
-      std::max(ceil_div(params.rounds, fitting_rounds), std::min(min_groups, params.rounds));
-  packing.rounds = static_cast<int>(ceil_div(params.rounds, groups));
-  packing.groups = static_cast<int>(ceil_div<int64_t>(params.rounds, packing.rounds));
-  packing.columns =
-      static_cast<int>(round_up<int64_t>(packing.rounds * round_columns, chunk_columns));
+  const int64_t lap_columns = int64_t{columns.tiles_per_round} * kTileColumns;
+  const int64_t laps = ceil_div<int64_t>(params.rounds, kLaneRounds);  // kLaneRounds rounds each
+  const int64_t fitting_laps = std::min(fitting_columns / lap_columns, laps);
+  if (fitting_laps == 0) return packing;
+  const int64_t groups = std::max(ceil_div(laps, fitting_laps), std::min(min_groups, laps));
+  const int64_t group_laps = ceil_div(laps, groups);
+  packing.rounds = static_cast<int>(group_laps * kLaneRounds);
+  packing.groups = static_cast<int>(ceil_div(laps, group_laps));
+  packing.columns = static_cast<int>(round_up<int64_t>(group_laps * lap_columns, chunk_columns));
   return packing;
 }
 

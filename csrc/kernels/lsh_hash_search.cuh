@@ -6,93 +6,20 @@
 // lane / 4 + 8 * half at the columns 2 * (lane % 4) and one more.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <iterator>
+#include <type_traits>
 
 #include "lsh_hash_packed.h"
 
 namespace reformer::kernels::packed_hash {
 
-// ---- Factors
-
-// The tiles of a chunk whose factors are known at compile time. A chunk must be whole rounds.
-template <int kChunkTiles, int... kFactorTiles>
-struct StaticFactors {
-  static constexpr bool kStatic = true;
-  static constexpr int kChunk = kChunkTiles;
-  static_assert(kChunk % (kFactorTiles + ...) == 0, "a round must not straddle chunks");
-
-  static bool match(const HashColumns& columns) {
-    constexpr int kTiles[] = {kFactorTiles...};
-    if (columns.n_factors != sizeof...(kFactorTiles)) return false;
-    return std::equal(
-        std::begin(kTiles), std::end(kTiles), columns.factors,
-        [](int tiles, const HashColumns::Factor& factor) { return tiles == factor.tiles; });
-  }
-
-  // Per tile one bit: it begins a factor, it ends one, it ends a round. Per tile four bits: its
-  // factor, and the tile its factor begins with.
-  struct Map {
-    uint32_t begins = 0, ends = 0, ends_round = 0;
-    uint64_t factor = 0, first_tile = 0;
-  };
-  static constexpr Map map() {
-    constexpr int kTiles[] = {kFactorTiles...};
-    constexpr int kFactors = sizeof...(kFactorTiles);
-    Map map;
-    for (int tile = 0, f = 0; tile < kChunk; tile += kTiles[f], f = (f + 1) % kFactors) {
-      const int last = tile + kTiles[f] - 1;
-      map.begins |= 1u << tile;
-      map.ends |= 1u << last;
-      if (f == kFactors - 1) map.ends_round |= 1u << last;
-      for (int i = tile; i <= last; ++i) {
-        map.factor |= uint64_t(f) << (4 * i);
-        map.first_tile |= uint64_t(tile) << (4 * i);
-      }
-    }
-    return map;
-  }
-  static constexpr uint32_t kBegins = map().begins, kEnds = map().ends,
-                            kEndsRound = map().ends_round;
-  static constexpr uint64_t kFactor = map().factor, kFirstTile = map().first_tile;
-};
-
-// Any others: the walk through them is kept at run time.
-template <int kChunkTiles>
-struct AnyFactors {
-  static constexpr bool kStatic = false;
-  static constexpr int kChunk = kChunkTiles;
-};
-
 // ---- Tokens
 
-// Where the tokens of a warp stand. Four lanes share kSlots of them: slot 2 * i + half is row
-// lane / 4 + 8 * half of row tile i. Of these, each lane ends up with the results of kKept, from
-// slot lane % 4 * kSlots / 4 on; the order of the tokens is such that neighbouring lanes then hold
-// neighbouring tokens.
-template <int kRowTiles>
-struct WarpTokens {
-  static_assert(kRowTiles == 1 || kRowTiles == 2 || kRowTiles == 4);
-  static constexpr int kTokens = 16 * kRowTiles;
-  static constexpr int kSlots = 2 * kRowTiles;
-  static constexpr int kKept = kSlots < 4 ? 1 : kSlots / 4;
-  static constexpr int kKeptStride = 32;  // from one kept token to the next
-  static constexpr int kShared = kSlots / kKept;
-
-  // From the warp's first.
-  static __device__ __forceinline__ int token(int slot) {
-    const int quad = static_cast<int>(threadIdx.x) % 32 / 4;
-    return slot % kKept * kKeptStride + quad * kShared + slot / kKept;
-  }
-  static __device__ __forceinline__ int first_kept_slot() {
-    return static_cast<int>(threadIdx.x) % 4 * kSlots / 4;
-  }
-  // With fewer tokens than lanes, two lanes have the same result.
-  static __device__ __forceinline__ bool is_first_keeper() {
-    return kSlots >= 4 || threadIdx.x % 2 == 0;
-  }
-};
+// Four lanes share 2 * kRowTiles slots of a warp's tokens; slot 2 * i + half is row
+// lane / 4 + 8 * half of row tile i. From the warp's first token:
+__device__ __forceinline__ int token_of_slot(int slot) {
+  return slot * 8 + static_cast<int>(threadIdx.x) % 32 / 4;
+}
 
 // kSteps multiplies of depth 16.
 template <int kRowTiles, int kSteps>
@@ -100,23 +27,35 @@ using Tokens = uint4[2 * kRowTiles][kSteps / 2];
 template <int kRowTiles, int kSteps>
 using Operands = uint32_t[kRowTiles][kSteps][4];
 
+// The tokens of one batch and head.
+struct Sequence {
+  const uint16_t* rows;
+  int64_t row_stride;
+  int length, head_dim;
+
+  __device__ __forceinline__ Sequence(const LshHashParams& params, int64_t batch, int64_t head)
+      : rows(static_cast<const uint16_t*>(params.x) + batch * params.x_stride_b +
+             head * params.x_stride_h),
+        row_stride(params.x_stride_l),
+        length(static_cast<int>(params.length)),
+        head_dim(static_cast<int>(params.head_dim)) {}
+};
+
 // A thread's share of the warp's tokens; zeros beyond the end of the sequence.
 template <int kRowTiles, int kSteps>
 __device__ __forceinline__ void load_tokens(uint4 (&tokens)[2 * kRowTiles][kSteps / 2],
-                                            const LshHashParams& params, int64_t batch,
-                                            int64_t head, int first_token) {
-  const int quad_lane = threadIdx.x % 4, head_dim = static_cast<int>(params.head_dim);
+                                            const Sequence& sequence, int first_token) {
+  const int quad_lane = threadIdx.x % 4;
 #pragma unroll
   for (int slot = 0; slot < 2 * kRowTiles; ++slot) {
-    const int64_t token = first_token + WarpTokens<kRowTiles>::token(slot);
-    const uint16_t* x = static_cast<const uint16_t*>(params.x) + batch * params.x_stride_b +
-                        head * params.x_stride_h + token * params.x_stride_l;
+    const int token = first_token + token_of_slot(slot);
+    const uint16_t* row = sequence.rows + token * sequence.row_stride;
 #pragma unroll
     for (int part = 0; part < kSteps / 2; ++part) {
       const int element = part * 32 + quad_lane * 8;
       tokens[slot][part] = make_uint4(0, 0, 0, 0);
-      if (token < params.length && element < head_dim) {
-        tokens[slot][part] = __ldg(reinterpret_cast<const uint4*>(x + element));
+      if (token < sequence.length && element < sequence.head_dim) {
+        tokens[slot][part] = __ldg(reinterpret_cast<const uint4*>(row + element));
       }
     }
   }
@@ -159,156 +98,119 @@ __device__ __forceinline__ void take_larger(LargestColumn& best, float value, in
       : "f"(value), "f"(__int_as_float(column)), "f"(zero.value), "f"(-zero.value));
 }
 
-__device__ __forceinline__ LargestColumn larger(LargestColumn a, LargestColumn b) {
-  const float x = fabsf(a.value), y = fabsf(b.value);
-  return y > x || (y == x && b.column < a.column) ? b : a;
-}
-
-__device__ __forceinline__ LargestColumn from_lane_xor(LargestColumn best, int mask) {
-  return {__shfl_xor_sync(0xffffffff, best.value, mask),
-          __shfl_xor_sync(0xffffffff, best.column, mask)};
-}
-
-// Over two lanes: of kCount slots, the lane with the bit `mask` gets the upper half, the other one
-// the lower half; of a single slot, both get it.
-template <int kCount>
-__device__ __forceinline__ void largest_of_two(LargestColumn* best, int mask) {
-  if constexpr (kCount == 1) {
-    best[0] = larger(best[0], from_lane_xor(best[0], mask));
-  } else {
-    const bool upper = (threadIdx.x & mask) != 0;
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      const LargestColumn low = best[i], high = best[i + kCount / 2];
-      best[i] = larger(upper ? high : low, from_lane_xor(upper ? low : high, mask));
-    }
-  }
-}
-
-// Over the four lanes that share kSlots slots. A lane's kept slots come first in `best`.
-template <int kSlots>
-__device__ __forceinline__ void largest_of_quad(LargestColumn (&best)[kSlots]) {
-  largest_of_two<kSlots>(best, 2);
-  largest_of_two<kSlots / 2>(best, 1);
-}
-
-// The state of a warp's search through one tile of tokens.
-template <class Factors, int kRowTiles>
+// A warp's search through the columns for one tile of tokens. The columns of a factor come in whole
+// units of kUnit tiles, kChunk tiles at a time; a lane searches one round of every kLaneRounds.
+template <int kRowTiles, int kUnit, int kChunk>
 class Search {
+  static_assert(kChunk % kUnit == 0);
+
  public:
-  static constexpr int kChunk = Factors::kChunk;
-  using Layout = WarpTokens<kRowTiles>;
-  static constexpr int kSlots = Layout::kSlots, kKept = Layout::kKept;
-
   __device__ __forceinline__ Search(const LshHashParams& params, const HashColumns& columns,
-                                    int64_t head, int first_round, int rounds, OpaqueZero zero)
-      : params_(params),
-        columns_(columns),
-        head_(head),
-        first_round_(first_round),
-        rounds_(rounds),
-        zero_(zero) {}
+                                    int64_t batch, int64_t head, int first_round, int rounds,
+                                    OpaqueZero zero)
+      : columns_(columns),
+        length_(static_cast<int>(params.length)),
+        first_round_(first_round + static_cast<int>(threadIdx.x) % kLaneRounds),
+        end_round_(first_round + rounds),
+        zero_(zero),
+        sequence_buckets_(params.buckets +
+                          ((batch * params.heads + head) * params.rounds + first_round_) *
+                              params.length),
+        sequence_padding_(params.key_padding_mask == nullptr
+                              ? nullptr
+                              : params.key_padding_mask + batch * params.length) {}
 
-  __device__ __forceinline__ void start(int64_t batch, int first_token) {
-    const int token = first_token + Layout::token(Layout::first_kept_slot());
-    const int64_t sequence = batch * params_.heads + head_;
-    buckets_ =
-        params_.buckets + (sequence * params_.rounds + first_round_) * params_.length + token;
+  // Begins with the first columns for the warp's tokens from first_token on.
+  __device__ __forceinline__ void start(int first_token) {
+    token_ = first_token + token_of_slot(0);
+    round_ = first_round_;
+    buckets_ = sequence_buckets_ + token_;
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      const int64_t mine = token + i * Layout::kKeptStride;
-      stores_[i] = Layout::is_first_keeper() && mine < params_.length;
-      is_padding_[i] = stores_[i] && params_.key_padding_mask != nullptr &&
-                       params_.key_padding_mask[batch * params_.length + mine];
-      bucket_[i] = 0;
-    }
-    round_ = 0;
-    if constexpr (!Factors::kStatic) {
-      factor_ = first_column_ = chunk_column_ = 0;
-      tiles_left_ = columns_.factors[0].tiles;
-      begin_factor();
-    }
+    for (int slot = 0; slot < kSlots; ++slot) bucket_[slot] = 0;
+    begin_factor(0);
   }
 
   // Takes the products with a tile of columns, the chunk's tile-th (known at compile time); stores
-  // the buckets of the round that it completes.
+  // the buckets of the rounds that it completes.
   __device__ __forceinline__ void take(int tile, const float (*products)[4]) {
-    if constexpr (Factors::kStatic) {
-      const int first_tile = static_cast<int>(Factors::kFirstTile >> (4 * tile) & 15);
-      take_columns((tile - first_tile) * kTileColumns, products, Factors::kBegins >> tile & 1);
-      if (Factors::kEnds >> tile & 1) {
-        finish_factor(Factors::kFactor >> (4 * tile) & 15, 0, Factors::kEndsRound >> tile & 1);
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+#pragma unroll
+      for (int i = 0; i < kLaneColumns; ++i) {
+        take_larger(best_[slot], products[slot / 2][slot % 2 * 2 + i],
+                    kFirst + tile % kUnit * kLaneColumns + i, zero_);
       }
+    }
+    if ((tile + 1) % kUnit != 0) return;
+    tiles_left_ -= kUnit;
+    if (tiles_left_ == 0) {
+      finish_factor();
     } else {
-      const int column = chunk_column_ + tile * kTileColumns;
-      take_columns(column, products, false);
-      if (--tiles_left_ == 0) {
-        const bool last = factor_ == columns_.n_factors - 1;
-        finish_factor(factor_, first_column_, last);
-        factor_ = last ? 0 : factor_ + 1;
-        tiles_left_ = columns_.factors[factor_].tiles;
-        first_column_ = column + kTileColumns;
-        begin_factor();
-      }
-      if (tile == kChunk - 1) chunk_column_ += kChunk * kTileColumns;
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) best_[slot].column -= kUnit * kLaneColumns;
     }
   }
 
  private:
-  __device__ __forceinline__ void begin_factor() {
+  static constexpr int kSlots = 2 * kRowTiles;
+  // Of a unit. So large that the columns of earlier units, counted from the current one's first,
+  // are positive: shared memory does not hold as many.
+  static constexpr int kFirst = 1024;
+
+  __device__ __forceinline__ void begin_factor(int factor) {
+    factor_ = factor;
+    tiles_left_ = columns_.factors[factor].tiles;
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) best_[slot] = {0.0f, first_column_};
+    for (int slot = 0; slot < kSlots; ++slot) best_[slot] = {0.0f, kFirst};
   }
 
-  __device__ __forceinline__ void take_columns(int column, const float (*products)[4],
-                                               bool begins) {
+  __device__ __forceinline__ void finish_factor() {
+    const HashColumns::Factor& factor = columns_.factors[factor_];
+    const int first = kFirst - (factor.tiles - kUnit) * kLaneColumns;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const float* pair = products[slot / 2] + slot % 2 * 2;
-      if (begins) {
-        best_[slot] = {pair[0], column};
-      } else {
-        take_larger(best_[slot], pair[0], column, zero_);
-      }
-      take_larger(best_[slot], pair[1], column + 1, zero_);
+      const int digit =
+          best_[slot].column - first + (best_[slot].value < 0.0f ? factor.columns : 0);
+      bucket_[slot] += factor.place * digit;
     }
+    const bool last = factor_ == columns_.n_factors - 1;
+    if (last) store();
+    begin_factor(last ? 0 : factor_ + 1);
   }
 
-  __device__ __forceinline__ void finish_factor(int index, int first_column, bool last) {
-    const HashColumns::Factor& factor = columns_.factors[index];
+  __device__ __forceinline__ void store() {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      best_[slot].column += static_cast<int>(threadIdx.x % 4) * 2 - first_column;
-    }
-    largest_of_quad(best_);
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      // NaN products may leave a padding column: any digit will do, but a digit.
-      const int column = min(best_[i].column, factor.columns - 1);
-      bucket_[i] += factor.place * (column + (best_[i].value < 0.0f ? factor.columns : 0));
-    }
-    if (!last) return;
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      if (stores_[i] && round_ < rounds_) {
-        buckets_[i * Layout::kKeptStride] = is_padding_[i] ? columns_.padding_bucket : bucket_[i];
+      const int token = token_ + slot * 8;
+      if (token < length_ && round_ < end_round_) {
+        const bool is_padding = sequence_padding_ != nullptr && sequence_padding_[token];
+        buckets_[slot * 8] = is_padding ? columns_.padding_bucket : bucket_[slot];
       }
-      bucket_[i] = 0;
+      bucket_[slot] = 0;
     }
-    buckets_ += params_.length;
-    ++round_;
+    buckets_ += kLaneRounds * int64_t{length_};
+    round_ += kLaneRounds;
   }
 
-  const LshHashParams& params_;
   const HashColumns& columns_;
-  const int64_t head_;
-  const int first_round_, rounds_;
+  const int length_, first_round_, end_round_;
   const OpaqueZero zero_;
-  int32_t* buckets_;  // of this lane's first token in the current round
-  bool stores_[kKept], is_padding_[kKept];
-  int bucket_[kKept], round_;
+  int32_t* const sequence_buckets_;  // of the lane's first round
+  const bool* const sequence_padding_;
+  int32_t* buckets_;  // of the lane's first token in its round
+  int token_, round_, factor_, tiles_left_;
+  int bucket_[kSlots];
   LargestColumn best_[kSlots];
-  int factor_, tiles_left_, first_column_, chunk_column_;  // AnyFactors
 };
+
+// Calls f with the most tiles that the columns of every factor are whole units of, of 4, 2 and 1.
+template <class Function>
+auto with_unit(const HashColumns& columns, const Function& f) {
+  int tiles = 0;
+  for (int factor = 0; factor < columns.n_factors; ++factor) tiles |= columns.factors[factor].tiles;
+  if (tiles % 4 == 0) return f(std::integral_constant<int, 4>{});
+  if (tiles % 2 == 0) return f(std::integral_constant<int, 2>{});
+  return f(std::integral_constant<int, 1>{});
+}
 
 }  // namespace reformer::kernels::packed_hash

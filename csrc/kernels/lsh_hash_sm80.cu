@@ -24,6 +24,7 @@ using namespace packed_hash;
 
 constexpr int kTileBytes = kTileColumns * kRowBytes;
 constexpr int kBlockWarps = 4;  // at least
+constexpr int kChunk = 4;       // tiles of columns of an unrolled turn; even: products alternate
 
 // Row tiles of a warp, and the warps of a multiprocessor that their registers allow; kSteps: D /
 // 16, rounded up to 2, 4, 8 or 16.
@@ -76,7 +77,7 @@ __device__ __forceinline__ void multiply(float (&products)[kRowTiles][4],
 }
 
 // A warp's token tiles are numbered by head, then by batch.
-template <typename T, int kSteps, int kRowTiles, int kWarps, class Factors>
+template <typename T, int kSteps, int kRowTiles, int kWarps, int kUnit>
 __global__ __launch_bounds__(kWarps * 32,
                              1) void hash_kernel(const __grid_constant__ LshHashParams params,
                                                  const __grid_constant__ HashColumns columns,
@@ -84,8 +85,6 @@ __global__ __launch_bounds__(kWarps * 32,
                                                  int tiles_per_sequence, OpaqueZero zero) {
   let_next_kernel_start();
   wait_for_previous_kernel();
-  constexpr int kChunk = Factors::kChunk;
-  static_assert(kChunk % 2 == 0, "products alternate between two places");
   extern __shared__ __align__(kRowBytes) char shared[];
   const uint32_t lane_rows[2] = {lane_row(shared, 0), lane_row(shared, 1)};
   const uint32_t half_stride = packing.columns * kRowBytes;
@@ -114,15 +113,13 @@ __global__ __launch_bounds__(kWarps * 32,
                      packing.group_bytes());
     }
 
-    Search<Factors, kRowTiles> search(params, columns, head, first_round, rounds, zero);
     for (int tile = begin + warp; tile < end; tile += warps) {
       const int64_t batch = (tile - head_tile) / tiles_per_sequence;
-      const int first_token =
-          (tile - head_tile) % tiles_per_sequence * WarpTokens<kRowTiles>::kTokens;
+      const int first_token = (tile - head_tile) % tiles_per_sequence * (16 * kRowTiles);
       Operands<kRowTiles, kSteps> operands;
       {
         Tokens<kRowTiles, kSteps> tokens;
-        load_tokens<kRowTiles, kSteps>(tokens, params, batch, head, first_token);
+        load_tokens<kRowTiles, kSteps>(tokens, Sequence(params, batch, head), first_token);
         to_operands<kRowTiles, kSteps>(operands, tokens);
       }
       // As results of an operation: else they stay in the registers of the loads, from where ptxas
@@ -135,7 +132,9 @@ __global__ __launch_bounds__(kWarps * 32,
           for (int i = 0; i < 4; ++i) operands[row][step][i] |= __float_as_uint(zero.value);
         }
       }
-      search.start(batch, first_token);
+      Search<kRowTiles, kUnit, kChunk> search(params, columns, batch, head, first_round, rounds,
+                                              zero);
+      search.start(first_token);
 
       float products[2][kRowTiles][4];
       uint32_t offset = 0;
@@ -157,22 +156,6 @@ __global__ __launch_bounds__(kWarps * 32,
 
 // ---- Host
 
-// Calls f with the kind of factors that the kernels know for these columns.
-template <int kSteps, class Function>
-auto with_factors(const HashColumns& columns, const Function& f) {
-  if constexpr (kSteps <= 8) {
-    // The sizes of default_n_buckets, 4 to 2^15 chunks.
-    if (StaticFactors<4, 1, 1>::match(columns)) return f(StaticFactors<4, 1, 1>{});
-    if (StaticFactors<6, 1, 2>::match(columns)) return f(StaticFactors<6, 1, 2>{});
-    if (StaticFactors<4, 2, 2>::match(columns)) return f(StaticFactors<4, 2, 2>{});
-    if (StaticFactors<6, 2, 4>::match(columns)) return f(StaticFactors<6, 2, 4>{});
-    if (StaticFactors<8, 4, 4>::match(columns)) return f(StaticFactors<8, 4, 4>{});
-    if (StaticFactors<4, 1, 1, 2>::match(columns)) return f(StaticFactors<4, 1, 1, 2>{});
-    if (StaticFactors<6, 2, 2, 2>::match(columns)) return f(StaticFactors<6, 2, 2, 2>{});
-  }
-  return f(AnyFactors<4>{});
-}
-
 // Calls f with D / 16, rounded up to what the kernels know.
 template <class Function>
 auto with_steps(const LshHashParams& params, const Function& f) {
@@ -191,12 +174,10 @@ Packing packing_for(const LshHashParams& params, const HashColumns& columns,
                     const DeviceTraits& traits) {
   return with_steps(params, [&](auto steps) {
     constexpr int kSteps = decltype(steps)::value;
-    const int chunk_tiles =
-        with_factors<kSteps>(columns, [](auto factors) { return decltype(factors)::kChunk; });
     const int64_t tiles =
         params.batch * params.heads * tiles_of_sequence(params, Shape<kSteps>::kRowTiles);
     const int64_t warps = int64_t{traits.multiprocessors} * Shape<kSteps>::kWarps;
-    return make_packing(params, columns, chunk_tiles, traits.shared_memory,
+    return make_packing(params, columns, kChunk, traits.shared_memory,
                         warps / std::max<int64_t>(tiles, 1));
   });
 }
@@ -209,10 +190,10 @@ int blocks_per_multiprocessor(const DeviceTraits& traits, int64_t bytes, int war
   return static_cast<int>(std::clamp<int64_t>(fitting, 1, warps / kBlockWarps));
 }
 
-template <typename T, int kSteps, int kRowTiles, int kWarps, class Factors>
+template <typename T, int kSteps, int kRowTiles, int kWarps, int kUnit>
 cudaError_t launch(const LshHashParams& params, const HashColumns& columns, const Packing& packing,
                    const DeviceTraits& traits, cudaStream_t stream) {
-  const auto kernel = hash_kernel<T, kSteps, kRowTiles, kWarps, Factors>;
+  const auto kernel = hash_kernel<T, kSteps, kRowTiles, kWarps, kUnit>;
   const int bytes = static_cast<int>(packing.group_bytes());
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -235,11 +216,12 @@ cudaError_t choose(const LshHashParams& params, const HashColumns& columns, cons
                    const DeviceTraits& traits, cudaStream_t stream) {
   return with_steps(params, [&](auto steps) {
     constexpr int kSteps = decltype(steps)::value;
-    using ShapeOf = Shape<kSteps>;
-    return with_factors<kSteps>(columns, [&](auto factors) {
-      return launch<T, kSteps, ShapeOf::kRowTiles, ShapeOf::kWarps, decltype(factors)>(
-          params, columns, packing, traits, stream);
-    });
+    const auto launch_unit = [&](auto unit) {
+      return launch<T, kSteps, Shape<kSteps>::kRowTiles, Shape<kSteps>::kWarps,
+                    decltype(unit)::value>(params, columns, packing, traits, stream);
+    };
+    if constexpr (kSteps > 8) return launch_unit(std::integral_constant<int, 1>{});
+    return with_unit(columns, launch_unit);
   });
 }
 
@@ -250,7 +232,7 @@ bool lsh_hash_sm80_supports(const LshHashParams& params) {
   if (!packed_hash::suits(params)) return false;
   DeviceTraits traits{};
   if (current_device_traits(&traits) != cudaSuccess || traits.major < 8) return false;
-  const HashColumns columns(params, packed_hash::kTileColumns);
+  const HashColumns columns = packed_hash::lane_columns(params);
   const auto packing = hash_sm80::packing_for(params, columns, traits);
   return packing.rounds > 0 && packing.groups <= 65535;
 }
@@ -258,7 +240,7 @@ bool lsh_hash_sm80_supports(const LshHashParams& params) {
 int64_t lsh_hash_sm80_workspace(const LshHashParams& params) {
   DeviceTraits traits{};
   if (current_device_traits(&traits) != cudaSuccess) return 0;
-  const HashColumns columns(params, packed_hash::kTileColumns);
+  const HashColumns columns = packed_hash::lane_columns(params);
   return packed_hash::packed_bytes(params, hash_sm80::packing_for(params, columns, traits));
 }
 
@@ -266,7 +248,7 @@ cudaError_t lsh_hash_sm80(const LshHashParams& params, cudaStream_t stream) {
   DeviceTraits traits{};
   const cudaError_t error = current_device_traits(&traits);
   if (error != cudaSuccess) return error;
-  const HashColumns columns(params, packed_hash::kTileColumns);
+  const HashColumns columns = packed_hash::lane_columns(params);
   const auto packing = hash_sm80::packing_for(params, columns, traits);
   if (params.x_dtype == DType::f16) {
     return hash_sm80::choose<__half>(params, columns, packing, traits, stream);
