@@ -11,6 +11,10 @@ filled with random numbers, in a CUDA graph on CUDA; "exact" keeps keys and valu
 that ran out of memory, or whose step took longer than --longest-step, is not run at greater
 lengths. Before anything is timed, small twins are checked: gradients against plain autograd, cached
 logits against a forward pass. measure.py says how time and memory are taken.
+
+The longest lengths want --heads-at-once, a divisor of --heads, for ours and, so that freed memory
+is not lost between blocks of other sizes, PYTORCH_ALLOC_CONF=expandable_segments:True in the
+environment.
 """
 
 from __future__ import annotations
@@ -273,6 +277,9 @@ def arguments() -> argparse.ArgumentParser:
     sizes = {"dim": 1024, "heads": 16, "pairs": 6, "n-hashes": 8, "ff-chunk-size": 16384}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument(
+        "--heads-at-once", type=int, default=0, help="in training, to save memory (default 0: all)"
+    )
     best = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=best)
     parser.add_argument("--models", type=comma_separated(str), help="names; default: all")
@@ -301,6 +308,7 @@ def main() -> None:
         heads=args.heads,
         layers=("local", "lsh") * args.pairs,
         n_hashes=args.n_hashes,
+        heads_at_once=args.heads_at_once,
         ff_chunk_size=args.ff_chunk_size,
     )
     lengths: dict[int, dict[str, Row]] = {}

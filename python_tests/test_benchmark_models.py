@@ -32,10 +32,11 @@ def test_every_model_is_timed(
     job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "out.json"
-    run(monkeypatch, job, f"--json={path}")
+    run(monkeypatch, job, "--heads-at-once=1", f"--json={path}")
     printed = capsys.readouterr().out
     report = json.loads(path.read_text())
     assert report["job"] == job
+    assert report["config"]["heads_at_once"] == 1
     assert report["command"].startswith(f"python -m benchmarks.models {job} ")
     assert all(error < 1e-3 for error in report["errors"].values())
     for length in ("128", "192"):

@@ -361,15 +361,16 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("cross", ["full", "lsh"])
+@pytest.mark.parametrize(("cross", "heads_at_once"), [("full", 0), ("lsh", 1)])
 @pytest.mark.parametrize(("dropout", "attention_dropout"), [(0.0, 0.0), (0.2, 0.2), (0.0, 0.2)])
 def test_gradients_are_those_of_plain_autograd(
-    dropout: float, attention_dropout: float, cross: str
+    dropout: float, attention_dropout: float, cross: str, heads_at_once: int
 ) -> None:
     data = batch()
     targets = torch.randint(40, (2, 13)).masked_fill(data["key_padding_mask"], -100)
     found = []
     fields = {"dropout": dropout, "attention_dropout": attention_dropout, "positions": "axial"}
+    fields["heads_at_once"] = heads_at_once
     for model in models(cross, layers=("local", "lsh"), **fields):
         torch.manual_seed(5)
         losses = [model.loss(**data, targets=targets) for _ in range(2)]

@@ -205,6 +205,22 @@ def test_attention_errors(kind: type[nn.Module]) -> None:
             kind(12, 3)(torch.ones(2, 5, 12), key_padding_mask=bad)
 
 
+@pytest.mark.parametrize("kind", [LSHSelfAttention, LocalSelfAttention, FullSelfAttention])
+def test_attention_is_the_sum_over_its_heads(kind: type[nn.Module]) -> None:
+    layer = kind(12, 3, causal=True, bias=True).double()
+    x = torch.randn(2, 150, 12, dtype=torch.float64)
+    options = {"rotary": RotaryPositions(4)(150)}
+    options |= {"return_buckets": True} if kind is LSHSelfAttention else {}
+    whole, *parts = (layer(x, heads=heads, **options) for heads in (None, (0, 1), (1, 3)))
+    if kind is LSHSelfAttention:
+        (whole, buckets), parts, in_parts = whole, *zip(*parts, strict=True)
+        assert torch.equal(torch.cat(in_parts, dim=1), buckets)
+    torch.testing.assert_close(sum(parts), whole)
+    for heads in ((1, 1), (2, 4), (-1, 2)):
+        with pytest.raises(ValueError, match=rf"{kind.__name__}: expected heads \(first, end\)"):
+            layer(x, heads=heads)
+
+
 # Positions
 
 
@@ -490,6 +506,8 @@ def test_initialisation() -> None:
         ({"dropout": "0.1"}, "ReformerConfig.dropout: expected a number .*, got '0.1'"),
         ({"causal": 1}, "ReformerConfig.causal: expected True or False, got 1"),
         ({"n_buckets": 8.0}, "ReformerConfig.n_buckets: .*got 8.0"),
+        ({"heads_at_once": -1}, "ReformerConfig.heads_at_once: expected an integer >= 0, got -1"),
+        ({"heads_at_once": 4}, "heads_at_once: expected 0 or a divisor of heads = 2, got 4"),
         ({"dim": "32"}, "ReformerConfig.dim: expected an integer >= 1, got '32'"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import overload
 
@@ -105,26 +105,42 @@ class _Attention(nn.Module):
         out_bias = bias if out_bias is None else out_bias
         self.out_proj = nn.Linear(heads * head_dim, dim, bias=out_bias)
 
-    def _project_in(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """``(B, L, dim) -> (n_projections, B, H, L, D)``, a view of one matrix product. What a norm
-        before it gives is computed again for the backward, not kept."""
+    def _project_in(
+        self, x: Tensor, norm: nn.Module | None = None, heads: tuple[int, int] | None = None
+    ) -> Tensor:
+        """``(B, L, dim) -> (n_projections, B, H, L, D)``, a view of one matrix product; H those of
+        ``heads``, default all. What a norm before it gives is computed again for the backward, not
+        kept."""
         if x.dim() != 3 or x.shape[-1] != self.in_proj.in_features:
             raise ValueError(
                 f"{type(self).__name__}: expected x [B, L, {self.in_proj.in_features}], "
                 f"got {list(x.shape)}"
             )
+        in_proj = self.in_proj if heads is None else self._part_of_in_proj(*heads)
         if norm is None:
-            heads = self.in_proj(x)
+            projected = in_proj(x)
         else:  # checkpoint stops early: the product is not computed again
-            heads = checkpoint(
-                lambda x: self.in_proj(norm(x)), x, use_reentrant=False, preserve_rng_state=False
+            projected = checkpoint(
+                lambda x: in_proj(norm(x)), x, use_reentrant=False, preserve_rng_state=False
             )
-        heads = heads.unflatten(-1, (self.n_projections, self.heads, self.head_dim))
-        return heads.permute(2, 0, 3, 1, 4)
+        projected = projected.unflatten(-1, (self.n_projections, -1, self.head_dim))
+        return projected.permute(2, 0, 3, 1, 4)
 
-    def _turn(self, heads: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _part_of_in_proj(self, first: int, end: int) -> Callable[[Tensor], Tensor]:
+        """``in_proj`` to the heads ``first .. end - 1`` alone."""
+
+        def rows(parameter: Tensor) -> Tensor:
+            by_head = torch.unflatten(parameter, 0, (self.n_projections, -1, self.head_dim))
+            return by_head[:, first:end].flatten(0, 2)
+
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        return lambda x: F.linear(x, rows(weight), None if bias is None else rows(bias))
+
+    def _turn(
+        self, projected: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """Queries and keys ``(n_projections - 1, B, H, L, D)`` in their positions, and values."""
-        qk, v = torch.split(heads, [self.n_projections - 1, 1])
+        qk, v = torch.split(projected, [self.n_projections - 1, 1])
         v = v.squeeze(0)
         if rotary is None:
             return qk, v
@@ -132,8 +148,25 @@ class _Attention(nn.Module):
             v = v.clone()  # as a view it would keep the unturned queries and keys for the backward
         return apply_rotary(qk, rotary), v
 
-    def _project_out(self, out: Tensor) -> Tensor:
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+    def _project_out(self, out: Tensor, heads: tuple[int, int] | None = None) -> Tensor:
+        """``(B, H, L, D) -> (B, L, dim)``, of all heads or the share of some in the sum."""
+        out = out.transpose(1, 2).flatten(2)
+        if heads is None:
+            return self.out_proj(out)
+        first, end = heads
+        columns = self.out_proj.weight[:, first * self.head_dim : end * self.head_dim]
+        return F.linear(out, columns, self.out_proj.bias if first == 0 else None)  # bias once
+
+    def _check_heads(self, heads: tuple[int, int] | None, cache: nn.Module | None) -> None:
+        """Raises ValueError unless there are such heads, and no cache of all."""
+        if heads is None:
+            return
+        if cache is not None or not 0 <= heads[0] < heads[1] <= self.heads:
+            raise ValueError(
+                f"{type(self).__name__}: expected heads (first, end) with 0 <= first < end <= "
+                f"{self.heads} and no cache, got {heads} and "
+                f"{'no cache' if cache is None else 'one'}"
+            )
 
     def _dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
@@ -274,6 +307,7 @@ class LSHSelfAttention(_Attention):
         return_buckets: bool = False,
         cu_seqlens: Sequence[int] | Tensor | None = None,
         norm: nn.Module | None = None,
+        heads: tuple[int, int] | None = None,
         cache: LSHCache | None = None,
         cache_lengths: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -294,6 +328,8 @@ class LSHSelfAttention(_Attention):
                 itself, as alone; see :mod:`reformer_ext.packed`.
             norm: applied to x first, and once more in the backward, rather than keeping what it
                 gave.
+            heads: ``(first, end)``: compute these only, and what they add to the result; the sum
+                over groups of heads that are all of them is the whole. Not with a cache.
             cache: with ``cache_lengths``, int64 ``(B,)``, the positions that it holds, x continues
                 those; without, x begins the sequences (padded at their ends) and fills the cache,
                 whose hash is then used.
@@ -302,12 +338,13 @@ class LSHSelfAttention(_Attention):
             ``(B, L, dim)``, and with return_buckets ``(B, H, R, L)`` of int16 where they fit, else
             int32.
         """
-        heads = self._project_in(x, norm)
-        qk, v = self._turn(heads, rotary)
+        self._check_heads(heads, cache)
+        projected = self._project_in(x, norm, heads)
+        qk, v = self._turn(projected, rotary)
         qk = qk.squeeze(0)
         # With buckets given, the unturned heads can go.
-        hashed = qk if self.rotary_before_hash or buckets is not None else heads[0]
-        del heads
+        hashed = qk if self.rotary_before_hash or buckets is not None else projected[0]
+        del projected
         if cache is not None and cache_lengths is not None:
             continued = cache.attend(
                 qk,
@@ -321,7 +358,16 @@ class LSHSelfAttention(_Attention):
         longest = x.shape[1]
         if cu_seqlens is None:
             out, buckets = self._attend(
-                qk, hashed, v, buckets, key_padding_mask, n_hashes, hash_step, dropout_seed, cache
+                qk,
+                hashed,
+                v,
+                buckets,
+                key_padding_mask,
+                n_hashes,
+                hash_step,
+                dropout_seed,
+                heads,
+                cache,
             )
         else:
             lengths = sequence_lengths(
@@ -334,10 +380,10 @@ class LSHSelfAttention(_Attention):
                 group: int, qk: Tensor, hashed: Tensor, v: Tensor, buckets: Tensor | None
             ) -> tuple[Tensor, Tensor]:
                 seed = group_seed(dropout_seed, group)
-                return self._attend(qk, hashed, v, buckets, None, n_hashes, hash_step, seed)
+                return self._attend(qk, hashed, v, buckets, None, n_hashes, hash_step, seed, heads)
 
             out, buckets = map_sequences(attend, lengths, inputs, (2, 3))
-        y = self._project_out(out)
+        y = self._project_out(out, heads)
         if not return_buckets:
             return y
         return y, _narrow(buckets, self._n_buckets(longest))
@@ -355,6 +401,7 @@ class LSHSelfAttention(_Attention):
         n_hashes: int | None,
         hash_step: int | Tensor,
         dropout_seed: int | Tensor | None,
+        heads: tuple[int, int] | None = None,
         cache: LSHCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``(B, H, L, D)`` of the heads, and the buckets."""
@@ -365,6 +412,8 @@ class LSHSelfAttention(_Attention):
                 if cache is None
                 else cache.rotations.to(qk.dtype)
             )
+            if heads is not None:
+                rotations = rotations[slice(*heads)]
             buckets = ops.lsh_hash(hashed.detach(), rotations, n_buckets, key_padding_mask)
         if cache is not None:
             start = torch.zeros(qk.shape[0], dtype=torch.int64, device=qk.device)
@@ -447,12 +496,14 @@ class LocalSelfAttention(_Attention):
         dropout_seed: int | Tensor | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
         norm: nn.Module | None = None,
+        heads: tuple[int, int] | None = None,
         cache: LocalCache | None = None,
         cache_windows: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`, but for
         cache_windows, from :meth:`LocalCache.windows`, in place of cache_lengths."""
-        qk, v = self._turn(self._project_in(x, norm), rotary)
+        self._check_heads(heads, cache)
+        qk, v = self._turn(self._project_in(x, norm, heads), rotary)
         q, k = qk
         if cache is not None and cache_windows is not None:
             return self._project_out(cache.attend(q, k, v, cache_windows, scale=self.scale))
@@ -477,7 +528,7 @@ class LocalSelfAttention(_Attention):
             dropout_p=self._dropout_p(),
             dropout_seed=dropout_seed,
         )
-        return self._project_out(out)
+        return self._project_out(out, heads)
 
 
 class FullSelfAttention(_Attention):
@@ -528,12 +579,14 @@ class FullSelfAttention(_Attention):
         rotary: tuple[Tensor, Tensor] | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
         norm: nn.Module | None = None,
+        heads: tuple[int, int] | None = None,
         cache: FullCache | None = None,
         cache_lengths: Tensor | None = None,
     ) -> Tensor:
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`.
         Dropout draws from the global generator."""
-        qk, v = self._turn(self._project_in(x, norm), rotary)
+        self._check_heads(heads, cache)
+        qk, v = self._turn(self._project_in(x, norm, heads), rotary)
         check_padding("FullSelfAttention: expected key_padding_mask", key_padding_mask, x)
         q, k = qk if not self.shared_qk else (qk[0], F.normalize(qk[0], dim=-1))
         if cache is not None and cache_lengths is not None:
@@ -552,7 +605,7 @@ class FullSelfAttention(_Attention):
                 return (self._attend(q, k, v, None),)
 
             (out,) = map_sequences(attend, lengths, [(q, 2), (k, 2), (v, 2)], (2,))
-        return self._project_out(out)
+        return self._project_out(out, heads)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         mask, self_only = self._mask(q.shape[2], key_padding_mask, q.device)

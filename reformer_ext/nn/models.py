@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -38,6 +38,11 @@ class ReformerConfig:
         layers: the attention of each layer, "local", "lsh" or "full".
         heads: attention heads H.
         head_dim: width D of a head, at most 256, on CUDA a multiple of 8; None: ``dim / heads``.
+        heads_at_once: heads of an attention layer that are computed together where gradients are
+            recorded, a divisor of heads; 0: all. The layer adds up what so many at a time give: the
+            fewer, the less memory its backward pass takes in a reversible model, and the more
+            launches. Dropout then masks each such share on its own. Not in decoders of a
+            :class:`ReformerEncoderDecoder`.
         ff_hidden: width of the feed-forward layers; None: ``4 * dim``.
         ff_chunk_size: positions at a time in a feed-forward layer; 0: all, as always where
             ``torch.export`` makes the length dynamic. ``torch.compile`` compiles anew for each
@@ -101,6 +106,7 @@ class ReformerConfig:
     layers: tuple[str, ...] = ("local", "lsh", "local", "lsh", "local", "lsh")
     heads: int = 8
     head_dim: int | None = None
+    heads_at_once: int = 0
     ff_hidden: int | None = None
     ff_chunk_size: int = 0
     ff_activation: str = "gelu"
@@ -166,6 +172,7 @@ class ReformerConfig:
         ):
             check(name, _is_int(getattr(self, name), 1), "an integer >= 1")
         for name in (
+            "heads_at_once",
             "ff_chunk_size",
             "look_back",
             "local_look_back",
@@ -222,6 +229,11 @@ class ReformerConfig:
             check("tie_embeddings", not self.tie_embeddings, "False with streams 'concat'")
         if self.tie_embeddings:
             check("head_bias", not self.head_bias, "False with tie_embeddings")
+        check(
+            "heads_at_once",
+            self.heads_at_once == 0 or self.heads % self.heads_at_once == 0,
+            f"0 or a divisor of heads = {self.heads}",
+        )
         if self.head_dim is None:
             check("heads", self.dim % self.heads == 0, f"a divisor of dim = {self.dim}")
         width = self.head_width
@@ -441,12 +453,27 @@ class Reformer(nn.Module):
         length = x.shape[1]
         x, key_padding_mask = self._pad(x, key_padding_mask)
         f_kwargs = self._layer_kwargs(x, key_padding_mask, n_hashes, lengths)
-        return self._unpad(self._run(x, f_kwargs), length)
+        return self._unpad(self._run(x, self._by_heads(f_kwargs)), length)
+
+    def _by_heads(self, f_kwargs: list[dict[str, Any]]) -> Sequence[Any]:
+        """For each attention layer, in place of one call of it those for ``heads_at_once``."""
+        heads, size = self.config.heads, self.config.heads_at_once or self.config.heads
+        if size == heads or not torch.is_grad_enabled():
+            return f_kwargs
+
+        def parts(kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            for index, first in enumerate(range(0, heads, size)):
+                part = {**kwargs, "heads": (first, first + size)}
+                if "dropout_seed" in kwargs:  # far from those of other layers and packed batches
+                    part["dropout_seed"] = kwargs["dropout_seed"] + (index << 50)
+                yield part
+
+        return [list(parts(kwargs)) for kwargs in f_kwargs]
 
     def _run(
         self,
         x: Tensor,
-        f_kwargs: list[dict[str, Any]],
+        f_kwargs: Sequence[Any],
         context: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         y1, y2 = self.layers(x, f_kwargs=f_kwargs, context=context)

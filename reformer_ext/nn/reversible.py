@@ -70,7 +70,7 @@ class ReversibleStack(nn.Module):
         self,
         x1: Tensor,
         x2: Tensor | None = None,
-        f_kwargs: Sequence[Mapping[str, Any]] | None = None,
+        f_kwargs: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]] | None = None,
         context: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs the blocks.
@@ -78,7 +78,9 @@ class ReversibleStack(nn.Module):
         Args:
             x1: ``(B, L, dim)``.
             x2: the same shape; default ``x1``.
-            f_kwargs: keyword arguments for the F of each block. Tensors among them get no gradient.
+            f_kwargs: keyword arguments for the F of each block, or several: the block then adds
+                what F gives for each, ``y1 = x1 + F(x2, **first) + F(x2, **second) ...``, and holds
+                the activations of one call at a time. Tensors among them get no gradient.
             context: keyword tensors for the F of every block, as the encoder's output that each
                 layer of a decoder attends to. They are kept once for all blocks, and their
                 gradient is one sum over the blocks: what made them is back-propagated once.
@@ -107,14 +109,20 @@ class ReversibleStack(nn.Module):
         calls = []
         for block, kwargs in zip(self.blocks, f_kwargs, strict=True):
             assert isinstance(block, ReversibleBlock)
-            calls += [_Call(block.f, kwargs, dtype, tuple(context)), _Call(block.g, {}, dtype)]
+            terms = [kwargs] if isinstance(kwargs, Mapping) else kwargs
+            calls += [_Call(block.f, term, dtype, 1, 0, tuple(context)) for term in terms]
+            calls.append(_Call(block.g, {}, dtype, 0, 1))
         # A compiled or exported inference graph has no use for the Function, which dynamo cannot
         # trace.
         plain = not self.reversible or (torch.compiler.is_compiling() and not self.training)
         if plain or not torch.is_grad_enabled():
-            for f, g in _pairs(calls):
-                x1 = x1 + f(x2, **context)[0]
-                x2 = x2 + g(x1)[0]
+            streams = [x1, x2]
+            del x1, x2
+            for call in calls:
+                y = call(streams[call.source], **call.pick(context))[0]
+                streams[call.target] = streams[call.target] + y
+                del y
+            x1, x2 = streams
         else:
             x1, x2 = self._apply_reversible(calls, x1, x2, context)
         return x1.to(dtype), x2.to(dtype)
@@ -148,6 +156,8 @@ class _Call:
     module: nn.Module
     kwargs: Mapping[str, Any]
     dtype: torch.dtype  # that the module works in; the streams may be wider
+    source: int  # the stream, 0 or 1, that the module reads
+    target: int  # the one that it is added to
     context: tuple[str, ...] = ()
     replay: tuple[str, ...] = ()
     rng: list[Tensor] = field(default_factory=list)
@@ -156,6 +166,10 @@ class _Call:
         """With the context, and in the recomputation the replay."""
         result = self.module(x.to(self.dtype), **self.kwargs, **tensors)
         return (result, {}) if isinstance(result, Tensor) else result
+
+    def pick(self, context: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the module gets of it."""
+        return {name: context[name] for name in self.context}
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.module.parameters() if p.requires_grad]
@@ -250,22 +264,20 @@ class _Reversible(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         context = dict(zip(run.context, context_and_parameters, strict=False))
         kept: list[Tensor] = []
-
-        def record(call: _Call, x: Tensor) -> Tensor:
-            call.rng = run.rng_state()
-            y, replay = call(x, **{name: context[name] for name in call.context})
-            call.replay = tuple(replay)
-            kept.extend(replay.values())
-            return y
-
+        streams = [x1, x2]
+        del x1, x2
         with run.autocast():
-            for f, g in _pairs(run.calls):
-                x1 = x1 + record(f, x2)
-                x2 = x2 + record(g, x1)
+            for call in run.calls:
+                call.rng = run.rng_state()
+                y, replay = call(streams[call.source], **call.pick(context))
+                streams[call.target] = streams[call.target] + y
+                del y
+                call.replay = tuple(replay)
+                kept.extend(replay.values())
         ctx.run = run
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x1, x2, *context_and_parameters, *kept)
-        return x1, x2
+        ctx.save_for_backward(*streams, *context_and_parameters, *kept)
+        return streams[0], streams[1]
 
     @staticmethod
     @once_differentiable
@@ -293,16 +305,17 @@ class _Reversible(torch.autograd.Function):
         del saved
         gradients: dict[str | nn.Parameter, Tensor] = {}  # by name of the context's, or parameter
 
-        def undo(call: _Call, source: int, target: int) -> None:
+        def undo(call: _Call) -> None:
             """Takes ``module(y[source])`` off ``y[target]``, and adds to ``dy[source]`` what
             ``dy[target]`` at the module's output is at its input."""
+            source, target = call.source, call.target
             run.set_rng_state(call.rng)
             split = len(kept) - len(call.replay)
             replay = dict(zip(call.replay, kept[split:], strict=True))
             del kept[split:]
             leaves = {
-                name: context[name].detach().requires_grad_(context[name].requires_grad)
-                for name in call.context
+                name: given.detach().requires_grad_(given.requires_grad)
+                for name, given in call.pick(context).items()
             }
             inputs: dict[str | nn.Parameter, Tensor] = {
                 name: leaf for name, leaf in leaves.items() if leaf.requires_grad
@@ -337,9 +350,8 @@ class _Reversible(torch.autograd.Function):
                     gradients[key] = gradient if known is None else known + gradient
 
         with run.fork_rng():
-            for f, g in reversed(_pairs(run.calls)):
-                undo(g, 0, 1)
-                undo(f, 1, 0)
+            for call in reversed(run.calls):
+                undo(call)
         keys: tuple[str | nn.Parameter, ...] = (*run.context, *run.parameters)
         return None, *dy, *(gradients.get(key) for key in keys)
 
@@ -356,10 +368,6 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy.to(ctx.dtype), None
-
-
-def _pairs(calls: Sequence[_Call]) -> list[tuple[_Call, _Call]]:
-    return list(zip(calls[0::2], calls[1::2], strict=True))
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:
