@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kPairThreads)
   ChunkRows& rows = rows_of[tile];
   const int32_t* order = args.order == nullptr ? nullptr : args.order + head_begin;
   const int slot = chunk.index * kTileRows + static_cast<int>(row);
-  const int token = position_at(line, order, chunk.round, slot);
+  const int token = position_of(line, order_at(line, order, chunk.round, slot));
   const int32_t* chunk_numbers =
       args.chunk_numbers == nullptr
           ? nullptr

@@ -7,7 +7,7 @@ namespace tiled {
 namespace {
 
 constexpr int kResidentBlocks = 2;  // per multiprocessor
-constexpr int kLongestRun = 32;
+constexpr int kLongestRun = 64;
 
 template <typename Element, int kHeadDim, bool kCausal, int kMasks>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)

@@ -79,15 +79,15 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   // Chunks are numbered from the run's predecessor on. In step n, q and grad_out of chunk n + 3 and
   // v of chunk n + 2 are copied and the positions of chunk n + 5 are loaded.
   Chunk previous = line.at(first_chunk - 1), chunk = line.at(first_chunk), ahead = previous;
-  const auto load_position = [&] {
+  const auto load_entry = [&] {
     const Chunk loaded = ahead;
     ahead = line.next(ahead);
     const int slot = loaded.index * kTileRows + threadIdx.x;
-    return threadIdx.x < kTileRows ? position_at(line, order, loaded.round, slot) : 0;
+    return threadIdx.x < kTileRows ? order_at(line, order, loaded.round, slot) : 0;
   };
   const auto positions = [&](uint32_t n) -> auto& { return shared.position[n % kPositionRing]; };
-  const auto store_position = [&](uint32_t n, int position) {
-    if (threadIdx.x < kTileRows) positions(n)[threadIdx.x] = position;
+  const auto store_position = [&](uint32_t n, uint32_t entry) {
+    if (threadIdx.x < kTileRows) positions(n)[threadIdx.x] = position_of(line, entry);
   };
   const auto thread_in_warpgroup = [] { return renewed(threadIdx.x) % kThreads; };
 
@@ -221,14 +221,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   };
 
 #pragma unroll
-  for (int n = 0; n < 4; ++n) store_position(n, load_position());
+  for (int n = 0; n < 4; ++n) store_position(n, load_entry());
   __syncthreads();
   gather_queries(0, previous);
   gather_queries(1, chunk);
   gather_queries(2, line.next(chunk));
   gather_values(0);
   gather_values(1);
-  int pending_position = load_position();
+  uint32_t pending_entry = load_entry();
   copy_async_wait_and_sync();
 
   // Step 0: of the keys of the run's predecessor only the gradients of scores with chunk 1 matter.
@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   weigh(0, previous, bits);
   show(0);
   __syncthreads();
-  store_position(4, pending_position);
-  pending_position = load_position();
+  store_position(4, pending_entry);
+  pending_entry = load_entry();
   if (steps > 1) {
     gather_queries(3, line.next(line.next(chunk)));
     gather_values(2);
@@ -254,8 +254,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     copy_async_wait_and_sync();
     begin_scores(n + 1);
     show(n);
-    store_position(n + 4, pending_position);
-    pending_position = load_position();
+    store_position(n + 4, pending_entry);
+    pending_entry = load_entry();
     const Chunk next = line.next(chunk);
     if (n + 2 <= steps) gather_queries(n + 3, line.next(line.next(next)));
     if (n > 1) store_gradients(n - 1, previous);

@@ -55,15 +55,18 @@ struct Line {
   __device__ bool has_previous(Chunk chunk) const { return wrap || chunk.index > 0; }
 };
 
-// The sequence position in a slot of a round. order: the head's [R, L], or null for the natural
-// order. Slots past the end repeat the last row, so that whole chunks can be copied; Line::rows
-// tells them apart.
-__device__ __forceinline__ int position_at(const Line& line, const int32_t* order, int round,
-                                           int slot) {
+// The entry of a slot of a round, as it stands in the order, which is the head's [R, L], or null
+// for the natural order: prefetched, it must not be looked at before it is needed. Slots past the
+// end repeat the last row, so that whole chunks can be copied; Line::rows tells them apart.
+__device__ __forceinline__ uint32_t order_at(const Line& line, const int32_t* order, int round,
+                                             int slot) {
   slot = min(slot, line.length - 1);
-  if (order == nullptr) return slot;
-  const uint32_t position = __ldg(order + int64_t{round} * line.length + slot);
-  return static_cast<int>(min(position, static_cast<uint32_t>(line.length - 1)));
+  return order == nullptr ? slot : __ldg(order + int64_t{round} * line.length + slot);
+}
+
+// The sequence position that an entry of the order stands for.
+__device__ __forceinline__ int position_of(const Line& line, uint32_t entry) {
+  return static_cast<int>(min(entry, static_cast<uint32_t>(line.length - 1)));
 }
 
 // Rows of more than 64 columns lie in two tiles, one after the other.

@@ -88,12 +88,13 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
   // Chunks are numbered from the run's predecessor on. While the keys of chunk n meet the queries
   // of chunk n + 1, chunk n + 2 is copied and the positions of chunk n + 4 are loaded.
   Chunk chunk = line.at(first_chunk), ahead = line.at(first_chunk - 1);
-  const auto load_position = [&] {
+  const auto load_entry = [&] {
     const int slot = ahead.index * kTileRows + threadIdx.x;
-    return threadIdx.x < kTileRows ? position_at(line, order, ahead.round, slot) : 0;
+    return threadIdx.x < kTileRows ? order_at(line, order, ahead.round, slot) : 0;
   };
-  const auto store_position = [&](uint32_t n, int position) {
-    if (threadIdx.x < kTileRows) shared.position[n % kPositionSlots][threadIdx.x] = position;
+  const auto store_position = [&](uint32_t n, uint32_t entry) {
+    if (threadIdx.x < kTileRows)
+      shared.position[n % kPositionSlots][threadIdx.x] = position_of(line, entry);
   };
   const auto gather = [&](uint32_t n, uint32_t rows, uint32_t thread) {
     const uint32_t slot = n % kSlots;
@@ -127,13 +128,13 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
 
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    store_position(n, load_position());
+    store_position(n, load_entry());
     ahead = line.next(ahead);
   }
   __syncthreads();
   gather(0, line.rows(line.at(first_chunk - 1)), threadIdx.x);
   gather(1, line.rows(chunk), threadIdx.x);
-  int pending_position = load_position();
+  uint32_t pending_entry = load_entry();
 
   AccumulatorOf<kHeadDim> grad_q, grad_k, grad_v;
   uint32_t buffer = 0;           // of score_gradients
@@ -234,13 +235,13 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
 
     // Chunk n - 1 is done with in every warp: its slot takes chunk n + 2.
     const Chunk next = line.next(chunk);
-    store_position(n + 3, pending_position);
+    store_position(n + 3, pending_entry);
     Unit::copy_async_wait_and_sync();
     if (n < steps) {
       gather(n + 2, line.rows(line.next(next)), renewed(threadIdx.x));
     }
     ahead = line.next(ahead);
-    pending_position = load_position();
+    pending_entry = load_entry();
     attend(n, n + 1, next, line.has_previous(next), std::true_type{}, true, false);
 
     Unit::template wait<1>();  // all but grad_q of chunk n + 1

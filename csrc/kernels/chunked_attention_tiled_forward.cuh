@@ -184,14 +184,14 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
   // copied, the positions of chunk n + 2 are in shared memory and those of chunk n + 3 on their
   // way.
   Chunk chunk = line.at(first_chunk), ahead = line.at(first_chunk - 1);
-  const auto load_position = [&] {
+  const auto load_entry = [&] {
     const int slot = ahead.index * kTileRows + threadIdx.x;
     const int32_t* orders = order;
     if constexpr (kFewRegisters) {
       const int64_t rows_before = (args.head_begin + renewed(blockIdx.y)) * rows_per_head;
       orders = args.order == nullptr ? nullptr : args.order + rows_before;
     }
-    return threadIdx.x < kTileRows ? position_at(line, orders, ahead.round, slot) : 0;
+    return threadIdx.x < kTileRows ? order_at(line, orders, ahead.round, slot) : 0;
   };
   const auto gather = [&](uint32_t n, uint32_t rows, uint32_t thread) {
     const uint32_t slot = n % kSlots;
@@ -215,19 +215,20 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
     copy_async_commit();
   };
 
-  const auto store_position = [&](uint32_t n, int position) {
-    if (threadIdx.x < kTileRows) shared.position[n % kPositionSlots][threadIdx.x] = position;
+  const auto store_position = [&](uint32_t n, uint32_t entry) {
+    if (threadIdx.x < kTileRows)
+      shared.position[n % kPositionSlots][threadIdx.x] = position_of(line, entry);
   };
   if (threadIdx.x < kTileRows) shared.no_positions[threadIdx.x] = kInvalidKey;
 #pragma unroll
   for (int n = 0; n < 3; ++n) {
-    store_position(n, load_position());
+    store_position(n, load_entry());
     ahead = line.next(ahead);
   }
   __syncthreads();
   gather(0, line.rows(line.at(first_chunk - 1)), threadIdx.x);
   gather(1, line.rows(chunk), threadIdx.x);
-  int pending_position = load_position();
+  uint32_t pending_entry = load_entry();
   Unit::copy_async_wait_and_sync();
   const float first_square = row_square<Element, kHeadDim>(shared.q[0][0], threadIdx.x);
   shared.key_scale[0][threadIdx.x / 2] = args.scale_log2 * inverse_norm(first_square);
@@ -238,7 +239,7 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
     const uint32_t upper_row = thread / 32 * 16 + thread % 32 / 4;
     const uint32_t previous = (n - 1) % kSlots, current = n % kSlots;
 
-    store_position(n + 2, pending_position);
+    store_position(n + 2, pending_entry);
     Unit::copy_async_wait_and_sync();
     const auto gather_next = [&] {
       if (n < steps) gather(n + 1, line.rows(line.next(chunk)), thread);
@@ -246,7 +247,7 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
     if constexpr (kQuerySlots<Unit> == kSlots) gather_next();
     if constexpr (!kLatePositions) {
       ahead = line.next(ahead);
-      pending_position = load_position();
+      pending_entry = load_entry();
     }
     const auto load_bits = [&](PairTile tile) {
       return load_pair_bits<kMasks>(args.masks, line, chunk, tile, thread);
@@ -320,7 +321,7 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
 
     if constexpr (kLatePositions) {
       ahead = line.next(line.next(line.next(chunk)));
-      pending_position = load_position();
+      pending_entry = load_entry();
     }
     const int64_t round_begin = int64_t{chunk.round} * line.length;
     float* lse = partial_lse;
