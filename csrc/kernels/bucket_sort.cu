@@ -21,7 +21,7 @@ namespace sort {
 namespace {
 
 constexpr int kClusterThreads = 1024, kMaxClusterItems = 32;  // items per thread
-constexpr int kMaxCluster = 8;                                // the portable cluster size
+constexpr int kClusters[] = {1, 2, 3, 4, 8};  // blocks; 8 is the largest portable size
 constexpr int kMaxClusterTile = kClusterThreads * kMaxClusterItems;
 constexpr int kTileThreads = 512, kTileItems = 32;  // items per thread
 constexpr int kTile = kTileThreads * kTileItems;
@@ -404,7 +404,7 @@ cudaError_t make_plan(const BucketSortParams& params, Plan* plan) {
       fits(kClusterThreads, kMaxClusterItems)) {
     int best = 0;
     int64_t best_cost = tiles_fit ? tiles_cost(params, traits.multiprocessors) : INT64_MAX;
-    for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
+    for (const int cluster : kClusters) {
       if (ceil_div<int64_t>(params.length, cluster) > kMaxClusterTile) continue;
       const int64_t cost = cluster_cost(params, cluster, traits.multiprocessors);
       if (cost < best_cost) {

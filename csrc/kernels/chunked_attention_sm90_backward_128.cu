@@ -42,6 +42,8 @@ struct BackwardShared {
   uint8_t diagonal_gradients[kTileBytes];    // dS^T of chunk n with itself
   uint8_t next_gradients[2][kTileBytes];  // dS^T of the keys of chunk n with chunk n + 1, by n % 2
   RowStats stats[kStatsSlots][kTileRows];
+  QueryPair queries[kStatsSlots][kTileRows / 2];
+  float deltas[kStatsSlots][kTileRows];
   int position[kPositionRing][kTileRows];
   float dots[kWarpgroups][kTileRows];  // of rows of grad_k and q, over the warpgroup's columns
 };
@@ -100,12 +102,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                        copied, thread);
     gather_tile<kHalf>(shared_address(shared.grad_out[n % kGradOutSlots][warpgroup]), grad_out,
                        args.grad_out.row_bytes, copied, thread);
-    const int row = threadIdx.x;
-    RowStats& stats = shared.stats[n % kStatsSlots][row % kTileRows];
-    if (row < line.rows(chunk)) {
-      copy_async_16(shared_address(&stats), row_stats + positions(n)[row]);
-    } else if (row < kTileRows) {
-      stats = {INFINITY, 0.0F, 0.0F, 1.0F};  // past the end: no weight, no key
+    if (threadIdx.x < kTileRows) {
+      const uint32_t row = threadIdx.x, slot = n % kStatsSlots;
+      copy_row_stats(shared.stats[slot], shared.queries[slot], shared.deltas[slot], row_stats,
+                     positions(n)[row], row, static_cast<int>(row) < line.rows(chunk));
     }
     copy_async_commit();
   };
@@ -156,14 +156,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       key_bounds[half] =
           key_bound<kCausal>(line, positions(n)[row], neighbours && stats.is_padding == 0.0F);
     }
-    const RowStats* query_stats = shared.stats[queries % kStatsSlots];
+    const uint32_t query_slot = queries % kStatsSlots;
     pin(scores);
     pin(weight_gradients);
-    const Pairs<false, kCausal, kMasks> pairs(positions(queries), key_bounds, bits);
+    const Pairs<false, kCausal, kMasks> pairs(key_bounds, bits);
     recompute_weights<Element>(weights, scores, logit_scales, gradient_scales, pairs.renewed(),
-                               query_stats, thread);
+                               shared.queries[query_slot], thread);
     score_gradients<Element>(gradients, scores, weight_gradients, pairs.renewed(),
-                             args.masks.dropout_scale, query_stats, thread);
+                             args.masks.dropout_scale, shared.deltas[query_slot], thread);
   };
 
   // Shows the pair's weights and gradients to the other warpgroup after the next barrier.
@@ -220,8 +220,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                                                 staging, thread);
   };
 
+  uint32_t first_entries[4];
 #pragma unroll
-  for (int n = 0; n < 4; ++n) store_position(n, load_entry());
+  for (int n = 0; n < 4; ++n) first_entries[n] = load_entry();
+#pragma unroll
+  for (int n = 0; n < 4; ++n) store_position(n, first_entries[n]);
   __syncthreads();
   gather_queries(0, previous);
   gather_queries(1, chunk);

@@ -21,6 +21,8 @@ struct BackwardShared {
   uint8_t score_gradients[2][kTileBytes];  // dS^T
   uint8_t staging[kWarps][kStagingBytes];
   RowStats stats[kSlots][kTileRows];
+  QueryPair queries[kSlots][kTileRows / 2];
+  float deltas[kSlots][kTileRows];
   int position[kPositionSlots][kTileRows];
 };
 
@@ -35,6 +37,8 @@ struct BackwardShared<Unit, true> {
   uint8_t score_gradients[1][kTileBytes];
   uint8_t staging[kWarps][kStagingBytes];
   RowStats stats[kSlots][kTileRows];
+  QueryPair queries[kSlots][kTileRows / 2];
+  float deltas[kSlots][kTileRows];
   int position[kPositionSlots][kTileRows];
 };
 
@@ -118,19 +122,21 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
     }
     gather_tile<kHeadDim>(shared_address(tiles[Shared::kGradOutTile]), grad_out_rows,
                           args.grad_out.row_bytes, copied, thread);
-    if (thread < rows) {
-      copy_async_16(shared_address(&shared.stats[slot][thread]), row_stats + positions[thread]);
-    } else if (thread < kTileRows) {
-      shared.stats[slot][thread] = {INFINITY, 0.0F, 0.0F, 1.0F};  // past the end: no weight, no key
+    if (thread < kTileRows) {
+      copy_row_stats(shared.stats[slot], shared.queries[slot], shared.deltas[slot], row_stats,
+                     positions[thread], thread, thread < rows);
     }
     copy_async_commit();
   };
 
+  uint32_t first_entries[4];
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    store_position(n, load_entry());
+    first_entries[n] = load_entry();
     ahead = line.next(ahead);
   }
+#pragma unroll
+  for (int n = 0; n < 4; ++n) store_position(n, first_entries[n]);
   __syncthreads();
   gather(0, line.rows(line.at(first_chunk - 1)), threadIdx.x);
   gather(1, line.rows(chunk), threadIdx.x);
@@ -185,13 +191,9 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
     Fragments weights, gradients;
     Unit::template wait<1>();
     Unit::pin(scores);
-    const auto pairs = [&] {
-      return Pairs<false, kCausal, kMasks>(shared.position[queries % kPositionSlots], key_bounds,
-                                           bits)
-          .renewed();
-    };
+    const auto pairs = [&] { return Pairs<false, kCausal, kMasks>(key_bounds, bits).renewed(); };
     recompute_weights<Element>(weights, scores, logit_scales, gradient_scales, pairs(),
-                               shared.stats[query_slot], thread);
+                               shared.queries[query_slot], thread);
     if constexpr (kWithKeyGradients) {
       Unit::fence();
       Unit::multiply_ab(grad_v, weights, operand(query_slot, Shared::kGradOutTile), add_to_keys);
@@ -201,7 +203,7 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
     }
     Unit::pin(weight_gradients);
     score_gradients<Element>(gradients, scores, weight_gradients, pairs(), args.masks.dropout_scale,
-                             shared.stats[query_slot], thread);
+                             shared.deltas[query_slot], thread);
     uint8_t* score_tile = shared.score_gradients[buffer];
     // Has every warp read the last one? The other pairs follow a barrier.
     if constexpr (Unit::kOperandsInRegisters) {

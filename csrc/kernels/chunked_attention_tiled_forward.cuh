@@ -65,7 +65,7 @@ __device__ constexpr float largest_bound() {
 // Folds the logits of a key tile in base 2 into the maxima of the thread's two rows.
 template <bool kCausal, int kMasks>
 __device__ __forceinline__ void fold_maxima(float (&maxima)[2], const Accumulator& scores,
-                                            const float* key_scale,
+                                            const float* key_scale, const int* key_position,
                                             const Pairs<true, kCausal, kMasks>& pairs,
                                             uint32_t thread) {
 #pragma unroll
@@ -73,7 +73,8 @@ __device__ __forceinline__ void fold_maxima(float (&maxima)[2], const Accumulato
     const uint32_t column = 8 * j + thread % 4 * 2;
     const float2 pair = *reinterpret_cast<const float2*>(&key_scale[column]);
     const float scales[2] = {pair.x, pair.y};
-    const auto columns = pairs.columns(j, column);
+    const int2 positions = *reinterpret_cast<const int2*>(&key_position[column]);
+    const auto columns = pairs.columns(j, {positions.x, positions.y});
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float logit = columns.attend(e) ? scores[j][e] * scales[e % 2] : -INFINITY;
@@ -87,7 +88,7 @@ __device__ __forceinline__ void fold_maxima(float (&maxima)[2], const Accumulato
 template <typename Element, bool kCausal, int kMasks>
 __device__ __forceinline__ void exponentiate(Fragments& weights, float (&sums)[2],
                                              const Accumulator& scores, const float (&shifts)[2],
-                                             const float* key_scale,
+                                             const float* key_scale, const int* key_position,
                                              const Pairs<true, kCausal, kMasks>& pairs,
                                              uint32_t thread) {
 #pragma unroll
@@ -95,7 +96,8 @@ __device__ __forceinline__ void exponentiate(Fragments& weights, float (&sums)[2
     const uint32_t column = 8 * j + thread % 4 * 2;
     const float2 pair = *reinterpret_cast<const float2*>(&key_scale[column]);
     const float scales[2] = {pair.x, pair.y};
-    const auto columns = pairs.columns(j, column);
+    const int2 positions = *reinterpret_cast<const int2*>(&key_position[column]);
+    const auto columns = pairs.columns(j, {positions.x, positions.y});
     float p[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -220,11 +222,14 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
       shared.position[n % kPositionSlots][threadIdx.x] = position_of(line, entry);
   };
   if (threadIdx.x < kTileRows) shared.no_positions[threadIdx.x] = kInvalidKey;
+  uint32_t first_entries[3];
 #pragma unroll
   for (int n = 0; n < 3; ++n) {
-    store_position(n, load_entry());
+    first_entries[n] = load_entry();
     ahead = line.next(ahead);
   }
+#pragma unroll
+  for (int n = 0; n < 3; ++n) store_position(n, first_entries[n]);
   __syncthreads();
   gather(0, line.rows(line.at(first_chunk - 1)), threadIdx.x);
   gather(1, line.rows(chunk), threadIdx.x);
@@ -239,12 +244,12 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
     const uint32_t upper_row = thread / 32 * 16 + thread % 32 / 4;
     const uint32_t previous = (n - 1) % kSlots, current = n % kSlots;
 
-    store_position(n + 2, pending_entry);
     Unit::copy_async_wait_and_sync();
     const auto gather_next = [&] {
       if (n < steps) gather(n + 1, line.rows(line.next(chunk)), thread);
     };
     if constexpr (kQuerySlots<Unit> == kSlots) gather_next();
+    store_position(n + 2, pending_entry);
     if constexpr (!kLatePositions) {
       ahead = line.next(ahead);
       pending_entry = load_entry();
@@ -283,17 +288,18 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
     const int* key_positions[2] = {
         line.has_previous(chunk) ? shared.key_position[previous] : shared.no_positions,
         shared.key_position[current]};
-    const Pairs<true, kCausal, kMasks> previous_pairs{key_positions[0], query_bounds,
-                                                      load_bits(kPreviousKeys)};
-    const Pairs<true, kCausal, kMasks> current_pairs{key_positions[1], query_bounds, current_bits};
+    const Pairs<true, kCausal, kMasks> previous_pairs{query_bounds, load_bits(kPreviousKeys)};
+    const Pairs<true, kCausal, kMasks> current_pairs{query_bounds, current_bits};
 
     // Softmax over both tiles, in base 2. A row without any key keeps sum 0.
     if (!__all_sync(0xffffffff, fmaxf(shifts[0], shifts[1]) <= largest_bound<Element>())) {
       float maxima[2] = {-INFINITY, -INFINITY};
       Unit::template wait<0>();
       Unit::pin(previous_scores);
-      fold_maxima(maxima, previous_scores, key_scales[0], previous_pairs.renewed(), thread);
-      fold_maxima(maxima, current_scores, key_scales[1], current_pairs.renewed(), thread);
+      fold_maxima(maxima, previous_scores, key_scales[0], key_positions[0],
+                  previous_pairs.renewed(), thread);
+      fold_maxima(maxima, current_scores, key_scales[1], key_positions[1], current_pairs.renewed(),
+                  thread);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float maximum = quad_max(maxima[half]);
@@ -311,12 +317,12 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
       }
     };
     exponentiate<Element>(current_weights, sums, current_scores, shifts, key_scales[1],
-                          current_pairs.renewed(), thread);
+                          key_positions[1], current_pairs.renewed(), thread);
     multiply_values(current_weights, current, false);
     Unit::template wait<kParts>();
     Unit::pin(previous_scores);
     exponentiate<Element>(previous_weights, sums, previous_scores, shifts, key_scales[0],
-                          previous_pairs.renewed(), thread);
+                          key_positions[0], previous_pairs.renewed(), thread);
     multiply_values(previous_weights, previous, true);
 
     if constexpr (kLatePositions) {

@@ -52,6 +52,31 @@ __device__ __forceinline__ float gradient_scale(float key_scale, float scale) {
   return key_scale * scale;
 }
 
+// Two neighbouring queries, as a thread meets them.
+struct alignas(16) QueryPair {
+  float lse[2];  // as RowStats has it
+  int position[2];
+};
+
+// Copies what a row of a chunk needs to know, once as a key and once as a query. Rows past the end
+// have no weight and are no keys.
+__device__ __forceinline__ void copy_row_stats(RowStats* stats, QueryPair* queries, float* deltas,
+                                               const RowStats* row_stats, int position,
+                                               uint32_t row, bool is_inside) {
+  QueryPair& pair = queries[row / 2];
+  pair.position[row % 2] = position;
+  if (is_inside) {
+    row_stats += position;
+    copy_async_16(shared_address(&stats[row]), row_stats);
+    copy_async_4(shared_address(&pair.lse[row % 2]), &row_stats->lse);
+    copy_async_4(shared_address(&deltas[row]), &row_stats->delta);
+  } else {
+    stats[row] = {INFINITY, 0.0F, 0.0F, 1.0F};
+    pair.lse[row % 2] = INFINITY;
+    deltas[row] = 0.0F;
+  }
+}
+
 // P^T = exp2(logits - lse) from S^T = K Q^T: to `weights` as an operand, to `scores` times the
 // key's gradient factor. Rows are keys, columns queries. Dropout is for the operand alone.
 template <typename Element, bool kCausal, int kMasks>
@@ -59,17 +84,15 @@ __device__ __forceinline__ void recompute_weights(Fragments& weights, Accumulato
                                                   const float (&logit_scales)[2],
                                                   const float (&gradient_scales)[2],
                                                   const Pairs<false, kCausal, kMasks>& pairs,
-                                                  const RowStats* query_stats, uint32_t thread) {
-  const uint32_t quad_column = thread % 4 * 2;
+                                                  const QueryPair* queries, uint32_t thread) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const uint32_t column = 8 * j + quad_column;
-    const float lse[2] = {query_stats[column].lse, query_stats[column + 1].lse};
-    const auto columns = pairs.columns(j, column);
+    const QueryPair pair = queries[4 * j + thread % 4];
+    const auto columns = pairs.columns(j, pair.position);
     float p[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float weight = exp2_approx(fmaf(scores[j][e], logit_scales[e / 2], -lse[e % 2]));
+      const float weight = exp2_approx(fmaf(scores[j][e], logit_scales[e / 2], -pair.lse[e % 2]));
       p[e] = columns.attend(e) ? weight : 0.0F;
       scores[j][e] = p[e] * gradient_scales[e / 2];
       if constexpr (kMasks == kDropped) p[e] = columns.drop(e) ? 0.0F : p[e];
@@ -85,19 +108,18 @@ __device__ __forceinline__ void score_gradients(Fragments& gradients,
                                                 const Accumulator& scaled_weights,
                                                 const Accumulator& weight_gradients,
                                                 const Pairs<false, kCausal, kMasks>& pairs,
-                                                float dropout_scale, const RowStats* query_stats,
+                                                float dropout_scale, const float* query_deltas,
                                                 uint32_t thread) {
-  const uint32_t quad_column = thread % 4 * 2;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const uint32_t column = 8 * j + quad_column;
-    const float delta[2] = {query_stats[column].delta, query_stats[column + 1].delta};
+    const float2 deltas = reinterpret_cast<const float2*>(query_deltas)[4 * j + thread % 4];
+    const float delta[2] = {deltas.x, deltas.y};
     float ds[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       float difference;
       if constexpr (kMasks == kDropped) {
-        const float factor = pairs.columns(j, column).drop(e) ? 0.0F : dropout_scale;
+        const float factor = pairs.columns(j, {0, 0}).drop(e) ? 0.0F : dropout_scale;
         difference = fmaf(weight_gradients[j][e], factor, -delta[e % 2]);
       } else {
         difference = weight_gradients[j][e] - delta[e % 2];

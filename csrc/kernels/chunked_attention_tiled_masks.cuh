@@ -62,47 +62,45 @@ __device__ __forceinline__ bool may_meet(int of_row, int of_column) {
 }
 
 // The pairs of a thread's two rows with a tile's columns. Masked instances know them as bits, plain
-// ones compare bounds as they go. kQueryRows: rows are queries and columns keys, else the other way
+// ones compare bounds as they go: kQueryRows: rows are queries and columns keys, else the other way
 // round.
 template <bool kQueryRows, bool kCausal, int kMasks>
 struct Pairs {
   PairBits bits;
 
-  __device__ __forceinline__ Pairs(const int*, const int (&)[2], PairBits bits) : bits(bits) {}
+  __device__ __forceinline__ Pairs(const int (&)[2], PairBits bits) : bits(bits) {}
   // The same, with bits that the compiler does not test long before their use.
   __device__ __forceinline__ Pairs renewed() const {
     PairBits copy = bits;
     copy.blocked = tiled::renewed(copy.blocked);
     if constexpr (kMasks == kDropped) copy.dropped = tiled::renewed(copy.dropped);
-    return {nullptr, {0, 0}, copy};
+    return {{0, 0}, copy};
   }
-  // The thread's pairs with columns 8 j, ...; its own of these begin at `column`.
+  // The thread's pairs with its two of the columns 8 j, ..., whose bounds these are.
   struct Columns {
     PairBits bits;
     int j;
     __device__ __forceinline__ bool attend(int e) const { return !has_bit(bits.blocked, j, e); }
     __device__ __forceinline__ bool drop(int e) const { return has_bit(bits.dropped, j, e); }
   };
-  __device__ __forceinline__ Columns columns(int j, uint32_t) const { return {bits, j}; }
+  __device__ __forceinline__ Columns columns(int j, const int (&)[2]) const { return {bits, j}; }
 };
 template <bool kQueryRows, bool kCausal>
 struct Pairs<kQueryRows, kCausal, kPlain> {
-  const int* column_bounds;
   const int (&row_bounds)[2];
 
-  __device__ __forceinline__ Pairs(const int* column_bounds, const int (&row_bounds)[2], PairBits)
-      : column_bounds(column_bounds), row_bounds(row_bounds) {}
+  __device__ __forceinline__ Pairs(const int (&row_bounds)[2], PairBits) : row_bounds(row_bounds) {}
   __device__ __forceinline__ const Pairs& renewed() const { return *this; }
   struct Columns {
-    int2 bounds;
+    int bounds[2];
     const int (&row_bounds)[2];
     __device__ __forceinline__ bool attend(int e) const {
-      return may_meet<kQueryRows, kCausal>(row_bounds[e / 2], e % 2 == 0 ? bounds.x : bounds.y);
+      return may_meet<kQueryRows, kCausal>(row_bounds[e / 2], bounds[e % 2]);
     }
     __device__ __forceinline__ bool drop(int) const { return false; }
   };
-  __device__ __forceinline__ Columns columns(int, uint32_t column) const {
-    return {*reinterpret_cast<const int2*>(&column_bounds[column]), row_bounds};
+  __device__ __forceinline__ Columns columns(int, const int (&bounds)[2]) const {
+    return {{bounds[0], bounds[1]}, row_bounds};
   }
 };
 

@@ -95,6 +95,11 @@ __device__ __forceinline__ void copy_async_16(uint32_t destination, const void* 
                : "memory");
 }
 
+__device__ __forceinline__ void copy_async_4(uint32_t destination, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(destination), "l"(source)
+               : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
