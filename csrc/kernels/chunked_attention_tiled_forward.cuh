@@ -165,7 +165,9 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
   constexpr int kParts = kTilesPerRow<kHeadDim>;
   // Few of them: what can be computed again does not live through the loop.
   constexpr bool kFewRegisters = Unit::kOperandsInRegisters;
-  constexpr bool kLatePositions = kFewRegisters || kMasks != kPlain;
+  constexpr bool kLateEntries = kFewRegisters || kMasks != kPlain;
+  // A late entry has had no time to come by the start of the next chunk.
+  constexpr bool kLateStore = kLateEntries && !kFewRegisters;
 
   const int first_chunk = blockIdx.x * args.run_length;
   const uint32_t steps = min(args.run_length, line.chunks() - first_chunk);
@@ -249,8 +251,8 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
       if (n < steps) gather(n + 1, line.rows(line.next(chunk)), thread);
     };
     if constexpr (kQuerySlots<Unit> == kSlots) gather_next();
-    store_position(n + 2, pending_entry);
-    if constexpr (!kLatePositions) {
+    if constexpr (!kLateStore) store_position(n + 2, pending_entry);
+    if constexpr (!kLateEntries) {
       ahead = line.next(ahead);
       pending_entry = load_entry();
     }
@@ -282,6 +284,7 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
       if (thread % 4 == 0) shared.key_scale[current][row] = scale;
       query_bounds[half] = query_bound<kCausal>(line, shared.position[n % kPositionSlots][row]);
     }
+    if constexpr (kLateStore) store_position(n + 2, pending_entry);
     __syncthreads();
     if constexpr (kQuerySlots<Unit> < kSlots) gather_next();
     const float* key_scales[2] = {shared.key_scale[previous], shared.key_scale[current]};
@@ -325,7 +328,7 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
                           key_positions[0], previous_pairs.renewed(), thread);
     multiply_values(previous_weights, previous, true);
 
-    if constexpr (kLatePositions) {
+    if constexpr (kLateEntries) {
       ahead = line.next(line.next(line.next(chunk)));
       pending_entry = load_entry();
     }
