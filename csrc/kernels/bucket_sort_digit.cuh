@@ -69,25 +69,13 @@ __device__ __forceinline__ uint32_t read_at(uint32_t item) {
   return item ^ ((chunk & 3) | (chunk >> 2 & 4)) * kPiece;
 }
 
-// Copies without waiting: see wait_for_copies.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  if constexpr (kBytes == 16) {
-    copy_async_16(shared, global, true);
-  } else {
-    const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(global), "n"(kBytes)
-                 : "memory");
-  }
-}
-
 template <class Pass, int kBytes>
 __device__ __forceinline__ void read_tile(const typename Pass::Input* from, int count,
                                           typename Pass::Input* to) {
   constexpr int kItems = kBytes / static_cast<int>(sizeof(typename Pass::Input));
 #pragma unroll 16
   for (int item = threadIdx.x * kItems; item < count; item += kDigitThreads * kItems) {
-    copy_async<kBytes>(to + read_at<Pass>(item), from + item);
+    copy_async<kBytes>(shared_address(to + read_at<Pass>(item)), from + item);
   }
 }
 
@@ -218,7 +206,7 @@ __device__ __forceinline__ void sort_tile_by_digit(Pass pass, int64_t begin, int
   }
   __syncthreads();
 
-  const auto own = static_cast<uint32_t>(__cvta_generic_to_shared(shared + threadIdx.x));
+  const uint32_t own = shared_address(shared + threadIdx.x);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) count_one(own, pass.digit(keys[i]));
   __syncthreads();

@@ -395,8 +395,8 @@ __device__ __forceinline__ void gather_rows(T* tile, const T* rows, int64_t stri
     const int row = index / kPieces, column = index % kPieces * kPiece;
     const int token = token_of(row);
     const bool valid = token >= 0 && column < head_dim;
-    copy_async_16(tile + row * kStride + column, valid ? rows + token * stride + column : rows,
-                  valid);
+    copy_async_or_zero(shared_address(tile + row * kStride + column),
+                       valid ? rows + token * stride + column : rows, valid);
   }
 }
 

@@ -112,8 +112,8 @@ __device__ __forceinline__ void copy_tile(uint32_t tile, const uint8_t* rows, in
 #pragma unroll
   for (int i = 0; i < kTileRows / kRowsPerPass; ++i) {
     const int source = min(first_row + static_cast<int>(row) + i * kRowsPerPass, length - 1);
-    copy_async_16(destination + i * kRowsPerPass * 128,
-                  indexed_address<const uint8_t>(rows, source, row_bytes));
+    copy_async<16>(destination + i * kRowsPerPass * 128,
+                   indexed_address<const uint8_t>(rows, source, row_bytes));
   }
 }
 

@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, KeyShape<kHeadDim>::kReside
         const uint32_t offset = thread % kPieces * 4;
         float* const destination = thread < kPieces ? shared.lse[stage] : shared.delta[stage];
         const float* const source = thread < kPieces ? stats : stats + args.line.padded_length();
-        copy_async_16(shared_address(destination + offset), source + first_row + offset);
+        copy_async<16>(shared_address(destination + offset), source + first_row + offset);
       }
     }
     copy_async_commit();

@@ -110,8 +110,8 @@ __device__ __forceinline__ void gather_tile(uint32_t tile, const uint8_t* rows, 
     const auto* source = indexed_address<const uint8_t>(rows, copied[i], row_bytes);
 #pragma unroll
     for (int part = 0; part < kTilesPerRow<kHeadDim>; ++part) {
-      copy_async_16(destination + part * kTileBytes + i * Copy<kHeadDim>::kRowsPerPass * 128,
-                    source + part * 128);
+      copy_async<16>(destination + part * kTileBytes + i * Copy<kHeadDim>::kRowsPerPass * 128,
+                     source + part * 128);
     }
   }
 }

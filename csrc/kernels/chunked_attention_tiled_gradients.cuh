@@ -67,9 +67,9 @@ __device__ __forceinline__ void copy_row_stats(RowStats* stats, QueryPair* queri
   pair.position[row % 2] = position;
   if (is_inside) {
     row_stats += position;
-    copy_async_16(shared_address(&stats[row]), row_stats);
-    copy_async_4(shared_address(&pair.lse[row % 2]), &row_stats->lse);
-    copy_async_4(shared_address(&deltas[row]), &row_stats->delta);
+    copy_async<16>(shared_address(&stats[row]), row_stats);
+    copy_async<4>(shared_address(&pair.lse[row % 2]), &row_stats->lse);
+    copy_async<4>(shared_address(&deltas[row]), &row_stats->delta);
   } else {
     stats[row] = {INFINITY, 0.0F, 0.0F, 1.0F};
     pair.lse[row % 2] = INFINITY;

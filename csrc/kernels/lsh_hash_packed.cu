@@ -66,7 +66,8 @@ __global__ void pack_kernel(const __grid_constant__ LshHashParams params,
 }  // namespace
 
 bool suits(const LshHashParams& params) {
-  constexpr int64_t kMaxHeadDim = 256, kMinTokens = 16, kMaxTokens = 64;  // of a tile
+  constexpr int64_t kMaxHeadDim = 256, kMinTokens = 16,
+                    kMaxTokens = 512;  // of a tile, of a block's
   const auto aligned = [](int64_t stride) { return stride % 8 == 0; };
   if (params.x_dtype == DType::f32 || params.x_dtype != params.rotations_dtype ||
       params.head_dim > kMaxHeadDim || params.head_dim % 8 != 0 ||

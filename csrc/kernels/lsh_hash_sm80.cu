@@ -37,7 +37,7 @@ struct Shape {
 __device__ __forceinline__ void load_rotations(char* shared, const char* packed, int64_t bytes) {
   __syncthreads();  // the previous rotations are no longer read
   for (int64_t i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) {
-    copy_async_16(shared + i, packed + i, true);
+    copy_async<16>(shared_address(shared + i), packed + i);
   }
   wait_for_copies();
   __syncthreads();
@@ -46,8 +46,7 @@ __device__ __forceinline__ void load_rotations(char* shared, const char* packed,
 // Where a lane reads the first tile's 32 even or odd elements of 64, as load_matrices wants it.
 __device__ __forceinline__ uint32_t lane_row(const char* rotations, int odd) {
   const uint32_t column = threadIdx.x % 8, piece = threadIdx.x % 32 / 8 + odd * 4;
-  return static_cast<uint32_t>(__cvta_generic_to_shared(rotations)) + column * kRowBytes +
-         (piece ^ column) * 16;
+  return shared_address(rotations) + column * kRowBytes + (piece ^ column) * 16;
 }
 
 // products = tokens * tile^T

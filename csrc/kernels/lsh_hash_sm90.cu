@@ -6,9 +6,9 @@
 // memory, and the next 64 on their way. It multiplies them by one chunk of columns after the other
 // and searches the products, in registers, for the largest absolute value of each factor.
 //
-// The search, not the multiply, sets the pace (ncu: ALU pipe 75% busy, tensor pipe 28%): hence the
-// care about its instructions, and warpgroups out of step rather than a second set of accumulators,
-// which was slower.
+// The search, not the multiply, sets the pace (ncu: issue slots 52% busy, tensor cores 37%): hence
+// the care about its instructions. Warpgroups out of step hide the multiply: a second set of
+// accumulators, or more warpgroups, gained nothing.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -97,6 +97,7 @@ __global__ __launch_bounds__(launch_bound(kSteps),
   constexpr bool kPrefetch = kSteps <= 8;  // registers hold the next tokens too
   extern __shared__ char unaligned[];
   char* shared = unaligned + (-tiled::shared_address(unaligned) & (kAlignment - 1));
+  // Renewed, or it would be computed again for every chunk.
   const uint32_t rotations = tiled::renewed(tiled::tile_descriptor(tiled::shared_address(shared)));
   constexpr uint32_t kChunkStride = kChunk * kTileColumns * kRowBytes / 16;  // in descriptor units
   const uint32_t half_stride = packing.columns * (kRowBytes / 16);

@@ -13,11 +13,25 @@
 
 namespace reformer::kernels {
 
-// Copies 16 bytes from global to shared memory without waiting; zeros where !valid (global is not
-// read).
-__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
-  const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global),
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 4, 8 or 16 bytes from global to shared memory without waiting.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(kBytes)
+                 : "memory");
+  }
+}
+
+// The same of 16 bytes; zeros where !valid (global is not read).
+__device__ __forceinline__ void copy_async_or_zero(uint32_t shared, const void* global,
+                                                   bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
 }

@@ -36,10 +36,6 @@ template <int kColumns>
 using FragmentsOf = uint32_t[kColumns / 16][4];  // 64 rows, 16-bit, A operand: one [4] per K = 16
 using Fragments = FragmentsOf<64>;
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // base + index * bytes, in one instruction, which the compiler would take apart to hoist its parts.
 template <typename T>
 __device__ __forceinline__ T* indexed_address(const void* base, int index, int bytes) {
@@ -86,18 +82,6 @@ __device__ __forceinline__ float rsqrt_approx(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-// ---- Asynchronous copies from global to shared memory
-
-__device__ __forceinline__ void copy_async_16(uint32_t destination, const void* source) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_async_4(uint32_t destination, const void* source) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(destination), "l"(source)
-               : "memory");
 }
 
 __device__ __forceinline__ void copy_async_commit() {
