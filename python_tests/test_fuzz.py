@@ -72,8 +72,8 @@ def agree(
 ) -> None:
     """``got`` is as near to float64 as the reference in its dtype, and rounding, allow.
 
-    With large vectors, and equal ones, rounding is that of the terms that cancel, and of weights that
-    are recomputed from the lse.
+    With large vectors, and equal ones, rounding is that of the terms that cancel, and of weights
+    that are recomputed from the lse.
     """
     twin = differentiate(attend(reference, case, indices), inputs, cotangents)
     oracle = differentiate(attend(reference, case, indices), upcast(inputs), cotangents)
