@@ -66,8 +66,9 @@ __global__ void pack_kernel(const __grid_constant__ LshHashParams params,
 }  // namespace
 
 bool suits(const LshHashParams& params) {
-  constexpr int64_t kMaxHeadDim = 256, kMinTokens = 16,
-                    kMaxTokens = 512;  // of a tile, of a block's
+  constexpr int64_t kMaxHeadDim = 256;
+  constexpr int64_t kMinTokens = 16;   // of a tile
+  constexpr int64_t kMaxTokens = 512;  // of a block's tiles and those it loads ahead
   const auto aligned = [](int64_t stride) { return stride % 8 == 0; };
   if (params.x_dtype == DType::f32 || params.x_dtype != params.rotations_dtype ||
       params.head_dim > kMaxHeadDim || params.head_dim % 8 != 0 ||
