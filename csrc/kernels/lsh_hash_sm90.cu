@@ -96,9 +96,9 @@ __global__ __launch_bounds__(launch_bound(kSteps),
   constexpr int kWarpgroups = warpgroups(kSteps);
   constexpr bool kPrefetch = kSteps <= 8;  // registers hold the next tokens too
   extern __shared__ char unaligned[];
-  char* shared = unaligned + (-tiled::shared_address(unaligned) & (kAlignment - 1));
+  char* shared = unaligned + (-shared_address(unaligned) & (kAlignment - 1));
   // Renewed, or it would be computed again for every chunk.
-  const uint32_t rotations = tiled::renewed(tiled::tile_descriptor(tiled::shared_address(shared)));
+  const uint32_t rotations = tiled::renewed(tiled::tile_descriptor(shared_address(shared)));
   constexpr uint32_t kChunkStride = kChunk * kTileColumns * kRowBytes / 16;  // in descriptor units
   const uint32_t half_stride = packing.columns * (kRowBytes / 16);
   const int chunks = packing.columns / (kChunk * kTileColumns);
