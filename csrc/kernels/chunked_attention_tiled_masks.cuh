@@ -62,7 +62,7 @@ __device__ __forceinline__ bool may_meet(int of_row, int of_column) {
 }
 
 // The pairs of a thread's two rows with a tile's columns. Masked instances know them as bits, plain
-// ones compare bounds as they go: kQueryRows: rows are queries and columns keys, else the other way
+// ones compare bounds as they go. kQueryRows: rows are queries and columns keys, else the other way
 // round.
 template <bool kQueryRows, bool kCausal, int kMasks>
 struct Pairs {

@@ -47,8 +47,6 @@ constexpr int launch_bound(int steps) {
 
 #ifdef REFORMER_HASH_SM90A
 
-// ---- wgmma
-
 using Products = tiled::AccumulatorOf<kChunk * kTileColumns>;  // of 64 tokens
 
 // ---- Kernel
