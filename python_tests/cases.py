@@ -478,6 +478,7 @@ SORT_CASES: list[SortCase] = [
     _S("many-segments", (3, 5, 7, 33), 4),
     _S("many-buckets", (1, 1, 2, 5000), 2049),
     _S("very-many-buckets", (1, 1, 1, 3000), 70001),
+    _S("most-buckets", (1, 1, 2, 3000), 2**20 + 5),
     _S("long", (1, 2, 2, 66000), 2049),
     _S("very-long", (1, 1, 2, 300_001), 4097),
     _S("very-long-few-buckets", (1, 2, 2, 300_001), 65),

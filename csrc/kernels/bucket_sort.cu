@@ -4,8 +4,9 @@
 //     distributed shared memory. One kernel, every element read and written once (sm_90 up, up to
 //     about 3000 buckets).
 //   - tiles: histograms of tiles, a scan over each segment's tiles, a stable scatter of every tile.
-//   - packed: two least-significant-digit passes of that kind over 32-bit records (up to 2^16
-//     buckets), whose scatter is bucket_sort_digit.cuh's.
+//   - packed: two or three least-significant-digit passes of that kind, whose scatter is
+//     bucket_sort_digit.cuh's, over 32-bit records: where the position and what the first digit
+//     leaves of the bucket fit them.
 //   - wide: as many passes as the buckets have bytes, over 64-bit records. Any size.
 #include <cooperative_groups.h>
 
@@ -25,8 +26,7 @@ constexpr int kClusters[] = {1, 2, 3, 4, 8};  // blocks; 8 is the largest portab
 constexpr int kMaxClusterTile = kClusterThreads * kMaxClusterItems;
 constexpr int kTileThreads = 512, kTileItems = 32;  // items per thread
 constexpr int kTile = kTileThreads * kTileItems;
-constexpr int64_t kPackedLength = int64_t{1} << 24;  // positions a packed record can hold
-constexpr int kPackedBuckets = 1 << 16;
+constexpr int kMaxTileBuckets = 1 << 16;                // whose counters and items take 16 bits
 constexpr int64_t kWorkspaceTarget = int64_t{1} << 30;  // segments are sorted in groups that fit it
 
 // ---- Cluster
@@ -272,20 +272,23 @@ struct MakeBucketsToPacked {
   const int32_t* buckets;
   uint32_t* records;
   int64_t length;
-  int n_buckets, digit_bits;
+  int n_buckets, digit_bits, position_bits;
   __device__ Pass operator()(int64_t segment) const {
-    return {buckets + segment * length, records + segment * length, n_buckets, digit_bits};
+    return {buckets + segment * length, records + segment * length, n_buckets, digit_bits,
+            position_bits};
   }
 };
-struct MakePackedToOrder {
-  using Pass = PackedToOrder;
+template <bool kLast>
+struct MakePackedPass {
+  using Pass = PackedPass<kLast>;
   static constexpr int kTile = kDigitTile<Pass>;
   const uint32_t* records;
-  int32_t* order;
+  typename Pass::Output* output;
   int64_t length;
-  int digit_bits;
+  int digit_shift, digit_bits, position_bits;
   __device__ Pass operator()(int64_t segment) const {
-    return {records + segment * length, order + segment * length, digit_bits};
+    return {records + segment * length, output + segment * length, digit_shift, digit_bits,
+            position_bits};
   }
 };
 template <bool kFirst, bool kLast>
@@ -347,7 +350,8 @@ enum class Method { cluster, tiles, packed, wide };
 struct Plan {
   Method method;
   int cluster;                            // blocks per segment
-  int passes, bits, digit_bits;           // of the buckets and of a pass
+  int passes, bits, digit_bits;           // of the buckets and of the first pass, the longest
+  int position_bits;                      // of a position
   int64_t group;                          // segments sorted together: they share the workspace
   int64_t histogram_bytes, record_bytes;  // per segment and buffer
   int record_buffers;
@@ -379,7 +383,7 @@ int64_t tiles_cost(const BucketSortParams& params, int multiprocessors) {
 
 Plan plan_tiles(const BucketSortParams& params, Method method, int passes, int tile, int64_t bins,
                 int record_bytes) {
-  Plan plan{method, 0, passes, 0, 0, 0, 0, 0, 0};
+  Plan plan{method, 0, passes, 0, 0, 0, 0, 0, 0, 0};
   plan.histogram_bytes = round_up<int64_t>((tiles_of(params.length, tile) + 1) * bins * 4, 256);
   plan.record_bytes = round_up<int64_t>(params.length * record_bytes, 256);
   plan.record_buffers = std::min(passes - 1, 2);
@@ -393,7 +397,7 @@ cudaError_t make_plan(const BucketSortParams& params, Plan* plan) {
   const cudaError_t error = current_device_traits(&traits);
   if (error != cudaSuccess) return error;
   const auto fits = [&](int threads, int items) {
-    if (params.n_buckets > kPackedBuckets) return false;
+    if (params.n_buckets > kMaxTileBuckets) return false;
     const TileMemory memory(threads / 32, threads * items * int{sizeof(uint32_t)},
                             static_cast<int>(params.n_buckets));
     return memory.bytes() <= traits.shared_memory;
@@ -413,7 +417,7 @@ cudaError_t make_plan(const BucketSortParams& params, Plan* plan) {
       }
     }
     if (best != 0 && params.segments * best <= INT32_MAX) {
-      *plan = Plan{Method::cluster, best, 1, 0, 0, params.segments, 0, 0, 0};
+      *plan = Plan{Method::cluster, best, 1, 0, 0, 0, params.segments, 0, 0, 0};
       return cudaSuccess;
     }
   }
@@ -421,16 +425,20 @@ cudaError_t make_plan(const BucketSortParams& params, Plan* plan) {
     *plan = plan_tiles(params, Method::tiles, 1, kTile, params.n_buckets, 0);
     return cudaSuccess;
   }
-  const int bits = bits_of(params.n_buckets);
-  const bool packed = params.n_buckets <= kPackedBuckets && params.length <= kPackedLength;
-  const int passes = packed ? 2 : ceil_div(bits, kMaxDigitBits);
-  const int digit_bits = ceil_div(bits, passes);
+  const int bits = bits_of(params.n_buckets), position_bits = bits_of(params.length);
+  const int passes = ceil_div(bits, kMaxDigitBits);
+  // In packed records what the first digit leaves of the bucket shares 32 bits with the position.
+  const int packed_digit_bits = std::max(ceil_div(bits, passes), bits + position_bits - 32);
+  const bool packed = passes > 1 && packed_digit_bits <= kMaxDigitBits &&
+                      bits - packed_digit_bits <= BucketsToPacked::kRestBits;
+  const int digit_bits = packed ? packed_digit_bits : ceil_div(bits, passes);
   const int64_t bins = int64_t{1} << digit_bits;
   *plan = packed
-              ? plan_tiles(params, Method::packed, passes, MakePackedToOrder::kTile, bins, 4)
+              ? plan_tiles(params, Method::packed, passes, kDigitTile<BucketsToPacked>, bins, 4)
               : plan_tiles(params, Method::wide, passes, MakeWidePass<true, true>::kTile, bins, 8);
   plan->bits = bits;
   plan->digit_bits = digit_bits;
+  plan->position_bits = position_bits;
   return cudaSuccess;
 }
 
@@ -444,39 +452,61 @@ cudaError_t tiles_sort(const BucketSortParams& params, cudaStream_t stream) {
                   static_cast<uint32_t*>(params.workspace), params, n_buckets, stream);
 }
 
+// The buffers of records, after the histograms. Passes alternate between them; with one pass or
+// two, the second is not touched.
+std::byte* record_buffer(const BucketSortParams& params, const Plan& plan, int pass) {
+  return static_cast<std::byte*>(params.workspace) +
+         params.segments * (plan.histogram_bytes + pass % 2 * plan.record_bytes);
+}
+
+template <bool kLast>
+cudaError_t packed_pass(const BucketSortParams& params, const Plan& plan, int pass, int bits_before,
+                        int digit_bits, cudaStream_t stream) {
+  using MakePass = MakePackedPass<kLast>;
+  void* output = kLast ? static_cast<void*>(params.order) : record_buffer(params, plan, pass);
+  const MakePass make_pass{reinterpret_cast<const uint32_t*>(record_buffer(params, plan, pass - 1)),
+                           static_cast<typename MakePass::Pass::Output*>(output),
+                           params.length,
+                           plan.position_bits + bits_before - plan.digit_bits,
+                           digit_bits,
+                           plan.position_bits};
+  return run_digit_pass(make_pass, static_cast<uint32_t*>(params.workspace), params, digit_bits,
+                        stream);
+}
+
 cudaError_t packed_sort(const BucketSortParams& params, const Plan& plan, cudaStream_t stream) {
-  auto* histograms = static_cast<uint32_t*>(params.workspace);
-  auto* records = reinterpret_cast<uint32_t*>(static_cast<std::byte*>(params.workspace) +
-                                              params.segments * plan.histogram_bytes);
-  const cudaError_t error =
-      run_digit_pass(MakeBucketsToPacked{params.buckets, records, params.length,
-                                         static_cast<int>(params.n_buckets), plan.digit_bits},
-                     histograms, params, plan.digit_bits, stream);
-  if (error != cudaSuccess) return error;
-  const int high_bits = std::max(1, plan.bits - plan.digit_bits);
-  return run_digit_pass(MakePackedToOrder{records, params.order, params.length, high_bits},
-                        histograms, params, high_bits, stream);
+  const MakeBucketsToPacked first_pass{
+      params.buckets,  reinterpret_cast<uint32_t*>(record_buffer(params, plan, 0)),
+      params.length,   static_cast<int>(params.n_buckets),
+      plan.digit_bits, plan.position_bits};
+  cudaError_t error = run_digit_pass(first_pass, static_cast<uint32_t*>(params.workspace), params,
+                                     plan.digit_bits, stream);
+  int bits_before = plan.digit_bits;
+  for (int pass = 1; pass < plan.passes && error == cudaSuccess; ++pass) {
+    const int digit_bits = ceil_div(plan.bits - bits_before, plan.passes - pass);
+    error = (pass + 1 < plan.passes ? packed_pass<false> : packed_pass<true>)(params, plan, pass,
+                                                                              bits_before,
+                                                                              digit_bits, stream);
+    bits_before += digit_bits;
+  }
+  return error;
 }
 
 template <bool kFirst, bool kLast>
 cudaError_t wide_pass(const BucketSortParams& params, const Plan& plan, int pass,
                       cudaStream_t stream) {
-  auto* base = static_cast<std::byte*>(params.workspace);
-  // Passes alternate between the buffers; with one pass or two, the second buffer is not touched.
-  const auto buffer = [&](int index) {
-    return base + params.segments * (plan.histogram_bytes + index % 2 * plan.record_bytes);
-  };
   using MakePass = MakeWidePass<kFirst, kLast>;
-  const void* input = kFirst ? static_cast<const void*>(params.buckets) : buffer(pass + 1);
-  void* output = kLast ? static_cast<void*>(params.order) : buffer(pass);
+  const void* input =
+      kFirst ? static_cast<const void*>(params.buckets) : record_buffer(params, plan, pass - 1);
+  void* output = kLast ? static_cast<void*>(params.order) : record_buffer(params, plan, pass);
   const MakePass make_pass{static_cast<const typename MakePass::Pass::Input*>(input),
                            static_cast<typename MakePass::Pass::Output*>(output),
                            params.length,
                            static_cast<int>(params.n_buckets),
                            pass * plan.digit_bits,
                            plan.digit_bits};
-  return run_digit_pass(make_pass, reinterpret_cast<uint32_t*>(base), params, plan.digit_bits,
-                        stream);
+  return run_digit_pass(make_pass, static_cast<uint32_t*>(params.workspace), params,
+                        plan.digit_bits, stream);
 }
 
 cudaError_t wide_sort(const BucketSortParams& params, const Plan& plan, cudaStream_t stream) {

@@ -241,16 +241,18 @@ __device__ __forceinline__ void sort_tile_by_digit(Pass pass, int64_t begin, int
 
 // ---- Passes: what is sorted, by which digit, into what. Pointers are the segment's.
 
-// First of two passes: buckets below 2^16 by their low digit to records: high digit (8 bits),
-// position (24). Keys have the low digit in the highest byte and the high one in the lowest.
+// First of several passes: buckets, by their low digit, to records of what is left of the bucket
+// and, below it, the position. Keys have the low digit in the highest byte and the rest in the
+// lowest bits.
 struct BucketsToPacked {
   using Input = int32_t;
   using Key = uint32_t;
-  using Word = uint32_t;  // low digit, index in the tile (16 bits), high digit
+  using Word = uint32_t;  // low digit (8 bits), index in the tile, rest
+  static constexpr int kRestBits = 11;
 
   const int32_t* input;
   uint32_t* output;
-  int n_buckets, digit_bits;
+  int n_buckets, digit_bits, position_bits;
 
   __device__ Key key(int32_t bucket, int64_t) const {
     const uint32_t clamped = clamp_bucket(bucket, n_buckets);
@@ -258,30 +260,36 @@ struct BucketsToPacked {
   }
   __device__ Key last_key() const { return ((1u << digit_bits) - 1) << 24; }
   __device__ uint32_t digit(Key key) const { return key >> 24; }
-  __device__ Word stage(Key key, uint32_t item) const { return key + (item << 8); }
+  __device__ Word stage(Key key, uint32_t item) const { return key + (item << kRestBits); }
   __device__ uint32_t digit_of(Word word) const { return digit(word); }
   __device__ void store(uint32_t slot, Word word, int64_t begin) const {
-    output[slot] = __byte_perm(word, 0, 0x0421) + static_cast<uint32_t>(begin);
+    const uint32_t item = word << 8 >> (8 + kRestBits), rest = word & ((1u << kRestBits) - 1);
+    output[slot] = (rest << position_bits) + item + static_cast<uint32_t>(begin);
   }
 };
+static_assert(kDigitTile<BucketsToPacked> <= 1 << (24 - BucketsToPacked::kRestBits));
 
-// Second of two passes: by the high digit to positions.
-struct PackedToOrder {
+// The other passes: by a digit of these records, to records or, at last, to positions.
+template <bool kLast>
+struct PackedPass {
   using Input = uint32_t;
   using Key = uint32_t;
   using Word = uint32_t;
+  using Output = std::conditional_t<kLast, int32_t, uint32_t>;
 
   const uint32_t* input;
-  int32_t* output;
-  int digit_bits;
+  Output* output;
+  int digit_shift, digit_bits, position_bits;
 
   __device__ Key key(uint32_t record, int64_t) const { return record; }
-  __device__ Key last_key() const { return ((1u << digit_bits) - 1) << 24; }
-  __device__ uint32_t digit(Key record) const { return record >> 24; }
+  __device__ Key last_key() const { return ~0u; }
+  __device__ uint32_t digit(Key record) const {
+    return record >> digit_shift & ((1u << digit_bits) - 1);
+  }
   __device__ Word stage(Key record, uint32_t) const { return record; }
   __device__ uint32_t digit_of(Word word) const { return digit(word); }
   __device__ void store(uint32_t slot, Word word, int64_t) const {
-    output[slot] = static_cast<int32_t>(word & 0xffffff);
+    output[slot] = kLast ? word & ((1u << position_bits) - 1) : word;
   }
 };
 

@@ -154,11 +154,11 @@ __global__ void chunk_numbers_kernel(const __grid_constant__ ChunkedAttentionPar
 
 // out = sum of the rounds' outputs weighted by exp(their lse - the total lse). Rounds are taken in
 // batches, each loaded before any of it is used, with weights relative to the largest lse so far.
-template <typename T, int kLanes>
-__global__ void __launch_bounds__(kThreads)
+constexpr int kFewRounds = 4, kManyRounds = 8;  // of a batch: the fewer, the more threads have room
+template <typename T, int kLanes, int kBatch>
+__global__ void __launch_bounds__(kThreads, kBatch == kFewRounds ? 5 : 3)
     combine_kernel(const __grid_constant__ ChunkedAttentionParams params,
                    const __grid_constant__ ForwardStage stage) {
-  constexpr int kBatch = 8;
   wait_for_previous_kernel();
   const Position<kLanes> position(params, stage.head_begin);
   if (!position.real) return;
@@ -245,35 +245,63 @@ __global__ void row_stats_kernel(const __grid_constant__ ChunkedAttentionBackwar
   if (position.real && position.lane == 0) row_stats[position.index] = stats;
 }
 
-template <typename T>
-__device__ __forceinline__ Piece<T> sum_rounds(const T* partial, int64_t stride, int rounds) {
-  Piece<T> sum;
-#pragma unroll 8
-  for (int round = 0; round < rounds; ++round) {
-    sum.add(Piece<T>(load_streamed(partial + round * stride)));
+// Adds to each sum its row of every round, in their order. In batches of eight rows, each loaded
+// before any of it is used.
+template <typename T, int kSums>
+__device__ __forceinline__ void add_rounds(Piece<T> (&sums)[kSums], const T* const (&rows)[kSums],
+                                           int64_t stride, int rounds) {
+  constexpr int kBatch = 8 / kSums;
+  for (int begin = 0; begin < rounds; begin += kBatch) {
+    Words words[kBatch][kSums];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t round = begin + i;
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) {
+        words[i][s] = round < rounds ? load_streamed(rows[s] + round * stride) : Words{};
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) sums[s].add(Piece<T>(words[i][s]));
+    }
   }
-  return sum;
+}
+template <typename T>
+__device__ __forceinline__ Piece<T> sum_rounds(const T* row, int64_t stride, int rounds) {
+  Piece<T> sums[1];
+  add_rounds<T, 1>(sums, {row}, stride, rounds);
+  return sums[0];
 }
 
-// Sums the rounds' gradients, in their order. For shared QK the gradient of k = q / |q| goes
-// through the normalisation, dq += (dk - (dk . k) k) / |q|, unless the main kernel has done that
-// (no partial_k). A query that had nothing but itself passes its gradient on to its value.
-template <typename T, int kLanes>
-__global__ void __launch_bounds__(kThreads)
+// Sums the rounds' gradients. For shared QK the gradient of k = q / |q| goes through the
+// normalisation, dq += (dk - (dk . k) k) / |q|, unless the main kernel has done that: kProject. A
+// query that had nothing but itself passes its gradient on to its value.
+template <typename T, int kLanes, bool kProject>
+__global__ void __launch_bounds__(kThreads, kProject ? 3 : 4)
     reduce_kernel(const __grid_constant__ ChunkedAttentionBackwardParams params,
                   const __grid_constant__ BackwardStage stage) {
   constexpr int kStep = kLanes * Piece<T>::kSize;
-  constexpr int kPieces = kLanes == kFewLanes ? 1 : 256 / kStep;
   wait_for_previous_kernel();
   const Position<kLanes> position(params, stage.head_begin);
   const int rounds = static_cast<int>(params.rounds), head_dim = static_cast<int>(params.head_dim);
   const int64_t stride = params.length * head_dim;
   const int first = position.lane * Piece<T>::kSize;
-  const bool shared_qk = params.k.data == nullptr;
+  const T* partial_q = position.template partial<T>(stage.partial_q, params);
+  const T* partial_k = position.template partial<T>(stage.partial_k, params);
+  const T* partial_v = position.template partial<T>(stage.partial_v, params);
+  T* grad_q = position.template row<T>(params.grad_q);
+  const bool self_only =
+      params.lse[stage.head_begin * params.length + position.index] == kSelfOnlyLse;
+  const auto store_grad_v = [&](Piece<T> sum, int d) {
+    if (self_only) sum.add(Piece<T>(position.template row<T>(params.grad_out) + d));
+    sum.store(position.template row<T>(params.grad_v) + d);
+  };
 
-  if (shared_qk && stage.partial_k != nullptr) {
+  if constexpr (kProject) {
+    constexpr int kPieces = kLanes == kFewLanes ? 1 : 256 / kStep;
     const T* q = position.template row<T>(params.q);
-    const T* partial_k = position.template partial<T>(stage.partial_k, params);
     Piece<T> grad_k[kPieces];
     float dot = 0;
 #pragma unroll
@@ -287,8 +315,6 @@ __global__ void __launch_bounds__(kThreads)
     const float scale = stage.row_stats[position.index].key_scale;
     const float along =
         scale >= kMaxKeyScale ? 0 : dot * scale * scale;  // below eps the length is fixed
-    const T* partial_q = position.template partial<T>(stage.partial_q, params);
-    T* grad_q = position.template row<T>(params.grad_q);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int d = first + i * kStep;
@@ -297,25 +323,18 @@ __global__ void __launch_bounds__(kThreads)
       Piece<T> sum = sum_rounds(partial_q + d, stride, rounds);
       sum.add(grad_k[i], scale);
       sum.store(grad_q + d);
+      store_grad_v(sum_rounds(partial_v + d, stride, rounds), d);
     }
-  } else if (position.real) {
+  } else {
+    if (!position.real) return;
     for (int d = first; d < head_dim; d += kStep) {
-      sum_rounds(position.template partial<T>(stage.partial_q, params) + d, stride, rounds)
-          .store(position.template row<T>(params.grad_q) + d);
-      if (shared_qk) continue;
-      sum_rounds(position.template partial<T>(stage.partial_k, params) + d, stride, rounds)
-          .store(position.template row<T>(params.grad_k) + d);
+      Piece<T> sums[2];
+      add_rounds<T, 2>(sums, {partial_q + d, partial_v + d}, stride, rounds);
+      sums[0].store(grad_q + d);
+      store_grad_v(sums[1], d);
+      if (params.k.data == nullptr) continue;
+      sum_rounds(partial_k + d, stride, rounds).store(position.template row<T>(params.grad_k) + d);
     }
-  }
-  if (!position.real) return;
-
-  const bool self_only =
-      params.lse[stage.head_begin * params.length + position.index] == kSelfOnlyLse;
-  for (int d = first; d < head_dim; d += kStep) {
-    Piece<T> sum =
-        sum_rounds(position.template partial<T>(stage.partial_v, params) + d, stride, rounds);
-    if (self_only) sum.add(Piece<T>(position.template row<T>(params.grad_out) + d));
-    sum.store(position.template row<T>(params.grad_v) + d);
   }
 }
 
@@ -480,8 +499,10 @@ cudaError_t forward_heads(const ChunkedAttentionParams& params, const MainKernel
   }
   error = kernels.forward(params, stage, stream);
   if (error != cudaSuccess) return error;
-  const auto combine = [](auto element, auto lanes) {
-    return combine_kernel<decltype(element), lanes()>;
+  const auto combine = [&](auto element, auto lanes) {
+    using T = decltype(element);
+    return params.rounds <= kFewRounds ? combine_kernel<T, lanes(), kFewRounds>
+                                       : combine_kernel<T, lanes(), kManyRounds>;
   };
   return launch_positions(params, head_count, stream, combine, params, stage);
 }
@@ -511,8 +532,10 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, const M
   if (error != cudaSuccess) return error;
   error = kernels.backward(params, stage, stream);
   if (error != cudaSuccess) return error;
-  const auto reduce = [](auto element, auto lanes) {
-    return reduce_kernel<decltype(element), lanes()>;
+  const bool project = is_shared_qk(params) && stage.partial_k != nullptr;
+  const auto reduce = [&](auto element, auto lanes) {
+    using T = decltype(element);
+    return project ? reduce_kernel<T, lanes(), true> : reduce_kernel<T, lanes(), false>;
   };
   return launch_positions(params, head_count, stream, reduce, params, stage);
 }

@@ -140,13 +140,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         warpgroup == kDiagonal ? kOwnKeys : kPreviousKeys, thread_in_warpgroup());
   };
 
-  // Makes weights and gradients from the scores of the keys of chunk n, now `chunk`.
-  const auto weigh = [&](uint32_t n, Chunk chunk, PairBits bits) {
-    const uint32_t thread = thread_in_warpgroup(), queries = n + warpgroup;
+  // What the thread's two keys of chunk n, now `chunk`, contribute to their pairs.
+  float logit_scales[2], gradient_scales[2];
+  int key_bounds[2];
+  const auto load_keys = [&](uint32_t n, Chunk chunk) {
+    const uint32_t thread = thread_in_warpgroup();
     const uint32_t upper_row = thread / 32 * 16 + thread % 32 / 4;
     const bool neighbours = warpgroup == kDiagonal || line.has_previous(line.next(chunk));
-    float logit_scales[2], gradient_scales[2];
-    int key_bounds[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t row = upper_row + 8 * half;
@@ -156,7 +156,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       key_bounds[half] =
           key_bound<kCausal>(line, positions(n)[row], neighbours && stats.is_padding == 0.0F);
     }
-    const uint32_t query_slot = queries % kStatsSlots;
+  };
+
+  // Makes weights and gradients from the scores of those keys.
+  const auto weigh = [&](uint32_t n, PairBits bits) {
+    const uint32_t thread = thread_in_warpgroup();
+    const uint32_t query_slot = (n + warpgroup) % kStatsSlots;
     pin(scores);
     pin(weight_gradients);
     const Pairs<false, kCausal, kMasks> pairs(key_bounds, bits);
@@ -237,8 +242,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   // Step 0: of the keys of the run's predecessor only the gradients of scores with chunk 1 matter.
   begin_scores(0);
   PairBits bits = load_bits(previous);
+  load_keys(0, previous);
   wgmma_wait<0>();
-  weigh(0, previous, bits);
+  weigh(0, bits);
   show(0);
   __syncthreads();
   store_position(4, pending_entry);
@@ -249,14 +255,15 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   begin_scores(1);
   bits = load_bits(chunk);
+  load_keys(1, chunk);
   wgmma_wait<0>();
-  weigh(1, chunk, bits);
+  weigh(1, bits);
 
   for (uint32_t n = 1; n <= steps; ++n) {
     if (n > 1) finish_gradients(n - 1);
     copy_async_wait_and_sync();
-    begin_scores(n + 1);
     show(n);
+    begin_scores(n + 1);
     store_position(n + 4, pending_entry);
     pending_entry = load_entry();
     const Chunk next = line.next(chunk);
@@ -285,8 +292,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                           descriptor(shared.q[n % kQSlots][warpgroup]), true);
 
     bits = load_bits(chunk);
+    load_keys(n + 1, chunk);
     wgmma_wait<4>();  // all but the products with operands in shared memory alone
-    weigh(n + 1, chunk, bits);
+    weigh(n + 1, bits);
     wgmma_wait<0>();
     pin(grad_q);
     pin(grad_k);

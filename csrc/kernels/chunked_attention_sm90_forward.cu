@@ -11,7 +11,8 @@ template <int kHeadDim, int kMasks>
 constexpr int kResidentBlocks = kHeadDim > 64        ? 2
                                 : kMasks == kBlocked ? 3
                                                      : 4;
-constexpr int kLongestRun = 16;
+template <int kHeadDim>
+constexpr int kLongestRun = kHeadDim > 64 ? 32 : 16;
 
 template <typename Element, int kHeadDim, bool kCausal, int kMasks>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
@@ -33,7 +34,7 @@ cudaError_t sm90_forward(const ChunkedAttentionParams& params, const ForwardStag
             tiled::forward_kernel<Element, head_dim(), causal(), masks()>,
             tiled::ForwardArgs<Element>(params, stage), stage.head_count, tiled::kThreads,
             sizeof(tiled::ForwardShared<tiled::Wgmma<Element>, head_dim()>),
-            tiled::kResidentBlocks<head_dim(), masks()>, tiled::kLongestRun, stream);
+            tiled::kResidentBlocks<head_dim(), masks()>, tiled::kLongestRun<head_dim()>, stream);
       });
 }
 

@@ -54,6 +54,10 @@ struct ForwardShared {
   uint8_t staging[kWarps][kStagingBytes];
 };
 
+// The lse of neighbouring positions come from chunks far apart. In longer rounds than this their
+// cache lines would leave for memory in between, once for every four bytes.
+inline constexpr int kLongestStreamedRound = 1 << 18;
+
 // Logits in base 2 are at most |q| scale log2(e), as keys have unit length. Where that bound is no
 // larger than this, the softmax is shifted by it and no maximum is taken: the largest weight of a
 // row is at least 2^(-2 bound), where Element still has its precision.
@@ -350,7 +354,13 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
       inverse_sums[half] = sum > 0.0F ? __fdividef(1.0F, sum) : 0.0F;
       if constexpr (kMasks == kDropped) inverse_sums[half] *= args.masks.dropout_scale;
       if (thread % 4 == 0 && row < rows) {
-        __stcs(&partial_lse[round_begin + positions[row]], shifts[half] + __log2f(sum));
+        float* place = &lse[round_begin + positions[row]];
+        const float value = shifts[half] + log2_approx(sum);
+        if (line.length > kLongestStreamedRound) {
+          store_kept(place, value);
+        } else {
+          __stcs(place, value);
+        }
       }
     }
     Unit::template wait<0>();

@@ -78,6 +78,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// -inf for 0.
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float rsqrt_approx(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -122,6 +129,15 @@ __device__ __forceinline__ float quad_max(float x) {
 }
 
 // ---- Stores
+
+// A store whose line is among the last to leave the L2 cache.
+__device__ __forceinline__ void store_kept(float* destination, float value) {
+  asm volatile(
+      "{.reg .b64 policy; createpolicy.fractional.L2::evict_last.b64 policy, 1.0;"
+      " st.global.L2::cache_hint.f32 [%0], %1, policy;}" ::"l"(destination),
+      "f"(value)
+      : "memory");
+}
 
 inline constexpr int kStagingBytes = 8 * 128;  // per warp
 

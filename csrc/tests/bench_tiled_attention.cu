@@ -3,8 +3,8 @@
 //
 //   nvcc -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -fopenmp -I csrc/kernels
 //        csrc/tests/bench_tiled_attention.cu csrc/kernels/chunked_attention_*.cu
-//   a.out check | small | time | masks | main      main: the largest target by head dim; small: a
-//   few chunks, for compute-sanitizer
+//   a.out check | small | time | masks | main | one HEADS LENGTH ROUNDS HEAD_DIM
+//   main: the largest target by head dim; small: a few chunks, for compute-sanitizer
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -176,6 +176,7 @@ struct Problem {
     for (int& b : buckets) b = pick(generator);
     if (c.natural_order) return;
     order.resize(buckets.size());
+#pragma omp parallel for
     for (int64_t line = 0; line < c.sequences() * c.rounds; ++line) {
       const auto begin = order.begin() + line * c.length;
       const int* bucket = &buckets[line * c.length];
@@ -597,6 +598,9 @@ int main(int argc, char** argv) {
     time_case(with({1, 8, 65536, 8, 128}, [](Case& c) { c.causal = false; }));
     time_case(with({1, 8, 65536, 8, 128}, [](Case& c) { c.dtype = DType::f16; }));
     for (const int head_dim : {64, 128}) time_case({1, 8, 262144, 8, head_dim});
+  }
+  if (mode == "one" && argc == 6) {
+    time_case({1, std::atoi(argv[2]), std::atoi(argv[3]), std::atoi(argv[4]), std::atoi(argv[5])});
   }
   if (mode != "check") return 0;
   std::vector<Case> cases;

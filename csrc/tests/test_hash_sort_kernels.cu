@@ -465,11 +465,14 @@ int main(int argc, char** argv) {
     for (const int64_t n_buckets : {1, 2, 65, 513, 2049, 4097, 32769}) {
       for (const int64_t length : {1, 31, 1000, 4097}) test_sort(3, length, n_buckets, fill);
     }
-    test_sort(2, 9001, (1 << 20) + 1, fill);
+    for (const int64_t n_buckets : {65537, (1 << 20) + 1}) test_sort(2, 9001, n_buckets, fill);
     if (small) continue;
     for (const int64_t n_buckets : {513, 2048, 2049, 4097, 8193, 65537}) {
       for (const int64_t length : {16384, 32769, 70003}) test_sort(9, length, n_buckets, fill);
     }
+    // Records that are full: 10 bits of the bucket and 22 of the position, 11 and 21.
+    test_sort(1, (1 << 22) - 5, 1 << 17, fill);
+    test_sort(1, 1 << 21, 1 << 19, fill);
     test_sort(64, 16384, 513, fill);
     test_sort(64, 65536, 2049, fill);
     test_sort(8, 262144, 2049, fill);
