@@ -159,6 +159,7 @@ template <typename T, int kLanes, int kBatch>
 __global__ void __launch_bounds__(kThreads, kBatch == kFewRounds ? 5 : 3)
     combine_kernel(const __grid_constant__ ChunkedAttentionParams params,
                    const __grid_constant__ ForwardStage stage) {
+  let_next_kernel_start();
   wait_for_previous_kernel();
   const Position<kLanes> position(params, stage.head_begin);
   if (!position.real) return;
@@ -283,6 +284,7 @@ __global__ void __launch_bounds__(kThreads, kProject ? 3 : 4)
     reduce_kernel(const __grid_constant__ ChunkedAttentionBackwardParams params,
                   const __grid_constant__ BackwardStage stage) {
   constexpr int kStep = kLanes * Piece<T>::kSize;
+  let_next_kernel_start();
   wait_for_previous_kernel();
   const Position<kLanes> position(params, stage.head_begin);
   const int rounds = static_cast<int>(params.rounds), head_dim = static_cast<int>(params.head_dim);
