@@ -377,8 +377,9 @@ int64_t cluster_cost(const BucketSortParams& params, int cluster, int multiproce
 }
 int64_t tiles_cost(const BucketSortParams& params, int multiprocessors) {
   constexpr int64_t kLaunches = 6000;
-  return kLaunches +
-         std::max<int64_t>(kTile, params.segments * params.length / multiprocessors) * 5 / 4;
+  // A tile that is not full takes as long as one that is.
+  const int64_t items = params.segments * tiles_of(params.length, kTile) * kTile;
+  return kLaunches + std::max<int64_t>(kTile, items / multiprocessors) * 5 / 4;
 }
 
 Plan plan_tiles(const BucketSortParams& params, Method method, int passes, int tile, int64_t bins,
