@@ -1,16 +1,19 @@
 """Times whole models: training steps and cached decoding, beside exact attention and transformers.
 
 python -m benchmarks.models train --lengths 65536,262144,1048576 --json train.json --plot train
+python -m benchmarks.models prefill --lengths 16384,131072,1048576 --json prefill.json
 python -m benchmarks.models decode --lengths 1024,16384,131072,1048576 --json decode.json
 
 train: forward, backward and AdamW on one sequence of random bytes, bf16 autocast on CUDA; tokens/s
-and the peak of allocated memory. "exact" is the same width and depth with plain residual layers,
-torch's SDPA and activation checkpointing; "accelerated" is transformers' own model after
-integrations.transformers.accelerate. decode: one token for one sequence after so many, on a cache
-filled with random numbers, in a CUDA graph on CUDA; "exact" keeps keys and values in full. A model
-that ran out of memory, or whose step took longer than --longest-step, is not run at greater
-lengths. Before anything is timed, small twins are checked: gradients against plain autograd, cached
-logits against a forward pass. measure.py says how time and memory are taken.
+and the peak of allocated memory. "plain autograd" is the same model, to the same numbers, with
+every activation stored; "exact" is the same width and depth with plain residual layers, torch's
+SDPA and activation checkpointing; "accelerated" is transformers' own model after
+integrations.transformers.accelerate. prefill: the prompt of one sequence, into an empty cache.
+decode: one token for one sequence after so many, on a cache filled with random numbers, in a CUDA
+graph on CUDA. In both, "exact" keeps keys and values in full. A model that ran out of memory, or
+whose step took longer than --longest-step, is not run at greater lengths. Before anything is timed,
+small twins are checked: gradients against plain autograd, cached logits against a forward pass.
+measure.py says how time and memory are taken.
 
 The longest lengths want --heads-at-once, a divisor of --heads, for ours and, so that freed memory
 is not lost between blocks of other sizes, PYTORCH_ALLOC_CONF=expandable_segments:True in the
@@ -154,7 +157,9 @@ def training_steps(
     def transformers() -> nn.Module:
         return transformers_model(config, length, False)
 
+    plain = dataclasses.replace(config, reversible=False, heads_at_once=0)
     yield "reformer_ext", lambda: step_of(ReformerLM(config), ours)
+    yield "reformer_ext (plain autograd)", lambda: step_of(ReformerLM(plain), ours)
     yield "exact (checkpointed)", lambda: step_of(ExactLM(config), ours)
     yield "transformers", lambda: step_of(transformers(), theirs, recomputing)
     yield (
@@ -163,15 +168,47 @@ def training_steps(
     )
 
 
+def full_attention(config: ReformerConfig) -> ReformerConfig:
+    """The same sizes with exact attention in every layer."""
+    return dataclasses.replace(config, layers=("full",) * len(config.layers))
+
+
+def inference_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def prefill_steps(
+    config: ReformerConfig, length: int, device: torch.device
+) -> Iterator[tuple[str, Callable[[], Step]]]:
+    """As :func:`training_steps`, for reading a prompt of ``length`` tokens."""
+    prompt = torch.randint(config.vocab_size, (1, length), device=device)
+
+    def ours(config: ReformerConfig) -> Step:
+        model = ReformerLM(config).to(device, inference_dtype(device)).eval()
+        return torch.no_grad()(lambda: model(prompt, cache=model.new_cache(1, length)))
+
+    def theirs(model: nn.Module) -> Step:
+        model.to(device, inference_dtype(device)).eval()
+        return torch.no_grad()(lambda: model(prompt, use_cache=True))
+
+    def transformers() -> nn.Module:
+        return transformers_model(config, length, True)
+
+    yield "reformer_ext", lambda: ours(config)
+    yield "exact (cached)", lambda: ours(full_attention(config))
+    yield "transformers", lambda: theirs(transformers())
+    yield "transformers (accelerated)", lambda: theirs(accelerate(transformers()))
+
+
 def decoding_steps(
     config: ReformerConfig, length: int, device: torch.device
 ) -> Iterator[tuple[str, Callable[[], Step]]]:
     """As :func:`training_steps`, for a token after ``length`` of them."""
     token = torch.randint(config.vocab_size, (1, 1), device=device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = inference_dtype(device)
 
-    def cached(layers: tuple[str, ...]) -> Step:
-        model = ReformerLM(dataclasses.replace(config, layers=layers)).to(device, dtype).eval()
+    def cached(config: ReformerConfig) -> Step:
+        model = ReformerLM(config).to(device, dtype).eval()
         cache = model.new_cache(1, length + 1000)
         pretend(cache, length)
 
@@ -194,8 +231,8 @@ def decoding_steps(
 
         return step
 
-    yield "reformer_ext", lambda: cached(config.layers)
-    yield "exact (cached)", lambda: cached(("full",) * len(config.layers))
+    yield "reformer_ext", lambda: cached(config)
+    yield "exact (cached)", lambda: cached(full_attention(config))
     yield "transformers", theirs
 
 
@@ -236,6 +273,9 @@ def graphed(step: Step, cache: DecodingCache) -> Step:
     return graph.replay
 
 
+JOBS = {"train": training_steps, "prefill": prefill_steps, "decode": decoding_steps}
+
+
 def check(device: torch.device) -> dict[str, float]:
     """Errors of small twins, relative to the largest value; exits if one is large."""
     fields = {"dim": 64, "heads": 2, "layers": ("local", "lsh"), "local_chunk_size": 16}
@@ -272,7 +312,7 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("job", choices=["train", "decode"])
+    parser.add_argument("job", choices=list(JOBS))
     parser.add_argument("--lengths", type=comma_separated(int), default="16384,65536")
     sizes = {"dim": 1024, "heads": 16, "pairs": 6, "n-hashes": 8, "ff-chunk-size": 16384}
     for name, default in sizes.items():
@@ -319,12 +359,11 @@ def main() -> None:
         "errors": check(device),
         "lengths": lengths,
     }
-    steps = training_steps if args.job == "train" else decoding_steps
     stopped: dict[str, str] = {}  # why, by model
     for length in sorted(args.lengths):
         print(f"{args.job}, {length:,} tokens")
         rows = lengths[length] = {}
-        for name, make in steps(config, length, device):
+        for name, make in JOBS[args.job](config, length, device):
             if args.models and name not in args.models:
                 continue
             row = {"skipped": stopped[name]} if name in stopped else timed(make, length, args)
@@ -347,9 +386,9 @@ def described(row: Row, job: str) -> str:
     if "skipped" in row:
         return f" skipped: {row['skipped']}"
     speed = (
-        f"{row['tokens_per_s']:12,.0f} tokens/s"
-        if job == "train"
-        else f"{row['ms']:12.3f} ms a token"
+        f"{row['ms']:12.3f} ms a token"
+        if job == "decode"
+        else f"{row['tokens_per_s']:12,.0f} tokens/s"
     )
     launches = ""
     if "kernels" in row:
@@ -379,7 +418,7 @@ def timed(make: Callable[[], Step], length: int, args: argparse.Namespace) -> Ro
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    row["tokens_per_s"] = 1e3 * (length if args.job == "train" else 1) / row["ms"]
+    row["tokens_per_s"] = 1e3 * (1 if args.job == "decode" else length) / row["ms"]
     return row
 
 

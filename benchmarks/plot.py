@@ -35,6 +35,7 @@ OURS = SERIES[""][0]
 # The same by model.
 MODEL_SERIES = {
     "reformer_ext": SERIES[""],
+    "reformer_ext (plain autograd)": ("this library, activations stored", "#E69F00"),
     "exact (checkpointed)": ("exact attention, checkpointed", "#0072B2"),
     "exact (cached)": ("exact attention, cached", "#0072B2"),
     "transformers": SERIES["transformers (with projections)"],
@@ -43,6 +44,7 @@ MODEL_SERIES = {
 # By job of benchmarks.models: the panels' titles and keys.
 MODEL_PANELS = {
     "train": [("training, tokens/s", "tokens_per_s"), ("peak memory, GiB", "gib")],
+    "prefill": [("reading a prompt, tokens/s", "tokens_per_s"), ("peak memory, GiB", "gib")],
     "decode": [("decoding, ms a token", "ms"), ("peak memory, GiB", "gib")],
 }
 

@@ -27,7 +27,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     models.main()
 
 
-@pytest.mark.parametrize("job", ["train", "decode"])
+@pytest.mark.parametrize("job", list(models.JOBS))
 def test_every_model_is_timed(
     job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,15 +41,15 @@ def test_every_model_is_timed(
     assert all(error < 1e-3 for error in report["errors"].values())
     for length in ("128", "192"):
         rows = report["lengths"][length]
-        assert len(rows) == (4 if job == "train" else 3)
+        assert len(rows) == {"train": 5, "prefill": 4, "decode": 3}[job]
         for name, row in rows.items():
             assert row["ms"] > 0 and row["gib"] > 0 and row["calls"] == 2, name
-            tokens = int(length) if job == "train" else 1
+            tokens = 1 if job == "decode" else int(length)
             assert row["tokens_per_s"] == pytest.approx(1e3 * tokens / row["ms"])
             assert name in printed
 
 
-@pytest.mark.parametrize("job", ["train", "decode"])
+@pytest.mark.parametrize("job", list(models.JOBS))
 def test_figure(job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     path, out = tmp_path / "out.json", tmp_path / "figure"
@@ -114,7 +114,8 @@ def test_every_model_is_written_when_done(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(models, "ExactLM", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, "train", f"--json={path}")
-    assert list(json.loads(path.read_text())["lengths"]["128"]) == ["reformer_ext"]
+    done = list(json.loads(path.read_text())["lengths"]["128"])
+    assert done == ["reformer_ext", "reformer_ext (plain autograd)"]
 
 
 def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
