@@ -1,4 +1,4 @@
-"""Times whole models: training steps and cached decoding, beside exact attention and transformers.
+"""Times whole models: training, prefill and decoding, beside exact attention and transformers.
 
 python -m benchmarks.models train --lengths 65536,262144,1048576 --json train.json --plot train
 python -m benchmarks.models prefill --lengths 16384,131072,1048576 --json prefill.json
@@ -28,7 +28,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ from .ops import comma_separated
 Step = Callable[[], object]
 Mode = Callable[[], AbstractContextManager[object]]
 Row = dict[str, Any]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class ExactLM(nn.Module):
@@ -173,8 +174,9 @@ def full_attention(config: ReformerConfig) -> ReformerConfig:
     return dataclasses.replace(config, layers=("full",) * len(config.layers))
 
 
-def inference_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def for_inference(model: Model, device: torch.device) -> Model:
+    """The same model on the device, in evaluation mode; in bfloat16 on CUDA."""
+    return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
 
 def prefill_steps(
@@ -184,11 +186,11 @@ def prefill_steps(
     prompt = torch.randint(config.vocab_size, (1, length), device=device)
 
     def ours(config: ReformerConfig) -> Step:
-        model = ReformerLM(config).to(device, inference_dtype(device)).eval()
+        model = for_inference(ReformerLM(config), device)
         return torch.no_grad()(lambda: model(prompt, cache=model.new_cache(1, length)))
 
     def theirs(model: nn.Module) -> Step:
-        model.to(device, inference_dtype(device)).eval()
+        for_inference(model, device)
         return torch.no_grad()(lambda: model(prompt, use_cache=True))
 
     def transformers() -> nn.Module:
@@ -205,10 +207,9 @@ def decoding_steps(
 ) -> Iterator[tuple[str, Callable[[], Step]]]:
     """As :func:`training_steps`, for a token after ``length`` of them."""
     token = torch.randint(config.vocab_size, (1, 1), device=device)
-    dtype = inference_dtype(device)
 
     def cached(config: ReformerConfig) -> Step:
-        model = ReformerLM(config).to(device, dtype).eval()
+        model = for_inference(ReformerLM(config), device)
         cache = model.new_cache(1, length + 1000)
         pretend(cache, length)
 
@@ -219,8 +220,8 @@ def decoding_steps(
         return graphed(step, cache) if device.type == "cuda" else rewinding(step, cache)
 
     def theirs() -> Step:
-        model = transformers_model(config, length + 1000, True)  # its cache grows step by step
-        model.to(device, dtype).eval()
+        # Its cache grows step by step.
+        model = for_inference(transformers_model(config, length + 1000, True), device)
         with torch.no_grad():
             prompt = torch.randint(config.vocab_size, (1, length), device=device)
             past = model(prompt, use_cache=True).past_buckets_states

@@ -152,9 +152,10 @@ __global__ void chunk_numbers_kernel(const __grid_constant__ ChunkedAttentionPar
   }
 }
 
+constexpr int kFewRounds = 4, kManyRounds = 8;  // of a batch: the fewer, the more threads have room
+
 // out = sum of the rounds' outputs weighted by exp(their lse - the total lse). Rounds are taken in
 // batches, each loaded before any of it is used, with weights relative to the largest lse so far.
-constexpr int kFewRounds = 4, kManyRounds = 8;  // of a batch: the fewer, the more threads have room
 template <typename T, int kLanes, int kBatch>
 __global__ void __launch_bounds__(kThreads, kBatch == kFewRounds ? 5 : 3)
     combine_kernel(const __grid_constant__ ChunkedAttentionParams params,

@@ -54,8 +54,8 @@ struct ForwardShared {
   uint8_t staging[kWarps][kStagingBytes];
 };
 
-// The lse of neighbouring positions come from chunks far apart. In longer rounds than this their
-// cache lines would leave for memory in between, once for every four bytes.
+// The lse of neighbouring positions come from chunks far apart: in rounds longer than this their
+// cache lines are kept for one another.
 inline constexpr int kLongestStreamedRound = 1 << 18;
 
 // Logits in base 2 are at most |q| scale log2(e), as keys have unit length. Where that bound is no
