@@ -96,9 +96,12 @@ struct Position {
   }
 
   template <typename T>
+  __device__ __forceinline__ T* head_rows(const HeadsView& view) const {
+    return static_cast<T*>(view.data) + batch * view.stride_b + head_in_batch * view.stride_h;
+  }
+  template <typename T>
   __device__ __forceinline__ T* row(const HeadsView& view) const {
-    return static_cast<T*>(view.data) + batch * view.stride_b + head_in_batch * view.stride_h +
-           l * view.stride_l;
+    return head_rows<T>(view) + l * view.stride_l;
   }
 
   // A row of [head_count, R, L, D], and the step to the next round's.
@@ -244,7 +247,15 @@ __global__ void row_stats_kernel(const __grid_constant__ ChunkedAttentionBackwar
   stats.delta = sum_lanes<kLanes>(delta) - grad_lse;
   stats.key_scale = shared_qk ? key_scale_of(sum_lanes<kLanes>(square)) : 1;
   stats.is_padding = is_padding ? 1 : 0;
-  if (position.real && position.lane == 0) row_stats[position.index] = stats;
+  if (!position.real || position.lane != 0) return;
+  if (row_stats != nullptr) {
+    row_stats[position.index] = stats;
+  } else {
+    constexpr auto kElementBytes = static_cast<int64_t>(sizeof(T));
+    auto* grad_v = reinterpret_cast<uint8_t*>(position.template head_rows<T>(params.grad_v));
+    *row_stats_in(grad_v, params.grad_v.stride_l * kElementBytes,
+                  head_dim * kElementBytes / sizeof(RowStats), position.l) = stats;
+  }
 }
 
 // Adds to each sum its row of every round, in their order. In batches of eight rows, each loaded
@@ -430,7 +441,6 @@ struct ForwardWorkspace {
 
 struct BackwardWorkspace {
   BackwardStage stage = {};
-  RowStats* row_stats = nullptr;
   int32_t* chunk_numbers = nullptr;
   void* pair_bits = nullptr;
   int64_t bytes;
@@ -442,7 +452,7 @@ struct BackwardWorkspace {
     const auto take_partial = [&] {
       return arena.take<void>(rows * params.head_dim, element_size(params.dtype));
     };
-    stage.row_stats = row_stats = arena.take<RowStats>(positions);
+    if (generic) stage.row_stats = arena.take<RowStats>(positions);
     stage.partial_q = take_partial();
     if (!is_shared_qk(params) || generic) stage.partial_k = take_partial();
     stage.partial_v = take_partial();
@@ -530,8 +540,8 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, const M
   const auto row_stats = [](auto element, auto lanes) {
     return row_stats_kernel<decltype(element), lanes()>;
   };
-  error = launch_positions(params, head_count, stream, row_stats, params, head_begin,
-                           workspace.row_stats);
+  error =
+      launch_positions(params, head_count, stream, row_stats, params, head_begin, stage.row_stats);
   if (error != cudaSuccess) return error;
   error = kernels.backward(params, stage, stream);
   if (error != cudaSuccess) return error;

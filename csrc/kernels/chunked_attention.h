@@ -42,7 +42,7 @@ struct ChunkedAttentionBackwardParams : ChunkedAttentionParams {
   const float* grad_lse;  // [B, H, L] contiguous; null: zero
   HeadsView grad_q;
   HeadsView grad_k;  // data null iff k.data is
-  HeadsView grad_v;
+  HeadsView grad_v;  // scratch before it is written: overlaps nothing
 };
 
 // The lse of a query whose only valid key is itself under mask_self (its output is then v_i).

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
   const int32_t* order =
       args.order == nullptr ? nullptr : args.order + int64_t{head} * rows_per_head;
-  const RowStats* row_stats = args.row_stats + int64_t{local_head} * line.length;
+  const uint8_t* row_stats = args.row_stats.head(batch, head % args.heads);
   // From here on, the warpgroup's columns.
   const uint32_t first_byte = first_column * sizeof(Element);
   const uint8_t* q = args.q.head(batch, head % args.heads) + first_byte;
@@ -104,8 +104,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                        args.grad_out.row_bytes, copied, thread);
     if (threadIdx.x < kTileRows) {
       const uint32_t row = threadIdx.x, slot = n % kStatsSlots;
-      copy_row_stats(shared.stats[slot], shared.queries[slot], shared.deltas[slot], row_stats,
-                     positions(n)[row], row, static_cast<int>(row) < line.rows(chunk));
+      copy_row_stats<kHeadDim>(shared.stats[slot], shared.queries[slot], shared.deltas[slot],
+                               row_stats, args.row_stats.row_bytes, positions(n)[row], row,
+                               static_cast<int>(row) < line.rows(chunk));
     }
     copy_async_commit();
   };

@@ -12,6 +12,8 @@
 // runs groups of heads one after the other, so that the workspace stays bounded.
 #pragma once
 
+#include <type_traits>
+
 #include "chunked_attention.h"
 
 namespace reformer::kernels {
@@ -61,11 +63,21 @@ struct alignas(16) RowStats {
   float is_padding;  // 1 for padding, else 0
 };
 
+// The tiled kernels find a head's RowStats in its rows of grad_v, `per_row` of them in each:
+// reduce, which writes the gradients there, comes after. Their workspace is for partial gradients
+// alone.
+template <typename Byte>
+__device__ __forceinline__ auto* row_stats_in(Byte* grad_v, int64_t row_bytes, uint32_t per_row,
+                                              uint32_t position) {
+  using Stats = std::conditional_t<std::is_const_v<Byte>, const RowStats, RowStats>;
+  return reinterpret_cast<Stats*>(grad_v + position / per_row * row_bytes) + position % per_row;
+}
+
 struct BackwardStage {
   int64_t head_begin, head_count;
-  const RowStats* row_stats;  // [head_count, L]
-  void* partial_q;  // [head_count, R, L, D], params.dtype; shared QK without partial_k: dq plus
-                    // the projected dk
+  RowStats* row_stats;  // [head_count, L], for generic_backward; null: see row_stats_in
+  void* partial_q;      // [head_count, R, L, D], params.dtype; shared QK without partial_k: dq plus
+                        // the projected dk
   void* partial_k;  // [head_count, R, L, D]: gradient of the keys, normalised ones for shared QK
                     // (reduce projects their sum); null for shared QK but by generic_backward
   void* partial_v;  // [head_count, R, L, D]

@@ -85,7 +85,7 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
   const uint8_t* q = args.q.head(batch, head % args.heads);
   const uint8_t* v = args.v.head(batch, head % args.heads);
   const uint8_t* grad_out = args.grad_out.head(batch, head % args.heads);
-  const RowStats* row_stats = args.row_stats + int64_t{local_head} * line.length;
+  const uint8_t* row_stats = args.row_stats.head(batch, head % args.heads);
   Element* partial_q = args.partial_q + local_head * rows_per_head * kHeadDim;
   Element* partial_v = args.partial_v + local_head * rows_per_head * kHeadDim;
 
@@ -123,8 +123,9 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
     gather_tile<kHeadDim>(shared_address(tiles[Shared::kGradOutTile]), grad_out_rows,
                           args.grad_out.row_bytes, copied, thread);
     if (thread < kTileRows) {
-      copy_row_stats(shared.stats[slot], shared.queries[slot], shared.deltas[slot], row_stats,
-                     positions[thread], thread, thread < rows);
+      copy_row_stats<kHeadDim>(shared.stats[slot], shared.queries[slot], shared.deltas[slot],
+                               row_stats, args.row_stats.row_bytes, positions[thread], thread,
+                               thread < rows);
     }
     copy_async_commit();
   };

@@ -9,8 +9,8 @@ namespace reformer::kernels::tiled {
 template <typename Element>
 struct BackwardArgs {
   Rows q, v, grad_out;
+  Rows row_stats;  // in the rows of grad_v
   const int32_t* order;
-  const RowStats* row_stats;
   Element* partial_q;
   Element* partial_v;
   Line line;
@@ -22,8 +22,8 @@ struct BackwardArgs {
       : q(params.q, sizeof(Element)),
         v(params.v, sizeof(Element)),
         grad_out(params.grad_out, sizeof(Element)),
+        row_stats(params.grad_v, sizeof(Element)),
         order(params.order),
-        row_stats(stage.row_stats),
         partial_q(static_cast<Element*>(stage.partial_q)),
         partial_v(static_cast<Element*>(stage.partial_v)),
         line(make_line(params)),
@@ -59,17 +59,19 @@ struct alignas(16) QueryPair {
 };
 
 // Copies what a row of a chunk needs to know, once as a key and once as a query. Rows past the end
-// have no weight and are no keys.
+// have no weight and are no keys. row_stats: the head's.
+template <int kHeadDim>
 __device__ __forceinline__ void copy_row_stats(RowStats* stats, QueryPair* queries, float* deltas,
-                                               const RowStats* row_stats, int position,
-                                               uint32_t row, bool is_inside) {
+                                               const uint8_t* row_stats, int row_bytes,
+                                               int position, uint32_t row, bool is_inside) {
   QueryPair& pair = queries[row / 2];
   pair.position[row % 2] = position;
   if (is_inside) {
-    row_stats += position;
-    copy_async<16>(shared_address(&stats[row]), row_stats);
-    copy_async<4>(shared_address(&pair.lse[row % 2]), &row_stats->lse);
-    copy_async<4>(shared_address(&deltas[row]), &row_stats->delta);
+    constexpr uint32_t kPerRow = kHeadDim * 2 / sizeof(RowStats);
+    const RowStats* own = row_stats_in(row_stats, row_bytes, kPerRow, position);
+    copy_async<16>(shared_address(&stats[row]), own);
+    copy_async<4>(shared_address(&pair.lse[row % 2]), &own->lse);
+    copy_async<4>(shared_address(&deltas[row]), &own->delta);
   } else {
     stats[row] = {INFINITY, 0.0F, 0.0F, 1.0F};
     pair.lse[row % 2] = INFINITY;

@@ -384,11 +384,12 @@ struct Device {
     params.correct_duplicates = c.correct_duplicates;
     params.causal = c.causal, params.mask_self = c.mask_self, params.wrap = c.wrap;
     params.scale = static_cast<float>(1.0 / std::sqrt(c.head_dim));
+    // The kernels only read the row statistics there: one head's after the other's.
+    const int64_t head_stats = c.length * static_cast<int64_t>(sizeof(RowStats)) / 2;
+    params.grad_v = {stats.data(), c.heads * head_stats, head_stats, c.head_dim};
     forward = {0, c.sequences(), static_cast<const float*>(key_scale.data()), partial_out.data(),
                static_cast<float*>(partial_lse.data())};
-    backward = {
-        0,       c.sequences(),   static_cast<const RowStats*>(stats.data()), partial_q.data(),
-        nullptr, partial_v.data()};
+    backward = {0, c.sequences(), nullptr, partial_q.data(), nullptr, partial_v.data()};
   }
   static int64_t rows(const Case& c) { return c.sequences() * c.rounds * c.length; }
   static int64_t pair_bits_bytes(const Case& c) {
@@ -429,7 +430,6 @@ struct Device {
       run_forward(unit, f);
       BackwardStage b = backward;
       b.head_begin = begin, b.head_count = count;
-      b.row_stats += begin * params.length;
       b.partial_q = static_cast<uint16_t*>(b.partial_q) + rows * params.head_dim;
       b.partial_v = static_cast<uint16_t*>(b.partial_v) + rows * params.head_dim;
       run_backward(unit, b);
