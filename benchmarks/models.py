@@ -5,8 +5,9 @@ python -m benchmarks.models prefill --lengths 16384,131072,1048576 --json prefil
 python -m benchmarks.models decode --lengths 1024,16384,131072,1048576 --json decode.json
 
 train: forward, backward and AdamW on one sequence of random bytes, bf16 autocast on CUDA; tokens/s
-and the peak of allocated memory. "plain autograd" is the same model, to the same numbers, with
-every activation stored; "exact" is the same width and depth with plain residual layers, torch's
+and the peak of allocated memory. "compiled blocks", on CUDA, is the same model with torch.compile
+on the halves of each block; "plain autograd" the same model, to the same numbers, with every
+activation stored; "exact" is the same width and depth with plain residual layers, torch's
 SDPA and activation checkpointing; "accelerated" is transformers' own model after
 integrations.transformers.accelerate. prefill: the prompt of one sequence, into an empty cache.
 decode: one token for one sequence after so many, on a cache filled with random numbers, in a CUDA
@@ -158,8 +159,17 @@ def training_steps(
     def transformers() -> nn.Module:
         return transformers_model(config, length, False)
 
+    def compiled(model: ReformerLM) -> nn.Module:
+        torch._dynamo.config.recompile_limit = 64  # with and without gradient, for each hash seed
+        for block in model.reformer.layers.blocks:
+            block.f.compile()
+            block.g.compile()
+        return model
+
     plain = dataclasses.replace(config, reversible=False, heads_at_once=0)
     yield "reformer_ext", lambda: step_of(ReformerLM(config), ours)
+    if device.type == "cuda":
+        yield "reformer_ext (compiled blocks)", lambda: step_of(compiled(ReformerLM(config)), ours)
     yield "reformer_ext (plain autograd)", lambda: step_of(ReformerLM(plain), ours)
     yield "exact (checkpointed)", lambda: step_of(ExactLM(config), ours)
     yield "transformers", lambda: step_of(transformers(), theirs, recomputing)

@@ -35,6 +35,7 @@ OURS = SERIES[""][0]
 # The same by model.
 MODEL_SERIES = {
     "reformer_ext": SERIES[""],
+    "reformer_ext (compiled blocks)": ("this library, blocks compiled", "#56B4E9"),
     "reformer_ext (plain autograd)": ("this library, activations stored", "#E69F00"),
     "exact (checkpointed)": ("exact attention, checkpointed", "#0072B2"),
     "exact (cached)": ("exact attention, cached", "#0072B2"),

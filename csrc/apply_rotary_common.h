@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 namespace reformer {
 
 // Raises unless the arguments are as reformer.h says. Runs under tracing too.
@@ -11,5 +13,10 @@ void check_apply_rotary(const at::Tensor& x, const at::Tensor& cos, const at::Te
 // The operator by ATen operators, for any device, dtype, D and alignment.
 at::Tensor apply_rotary_composite(const at::Tensor& x, const at::Tensor& cos,
                                   const at::Tensor& sin);
+
+// On CUDA: writes the heads [B, H, L, D] of `from`, the first `turned` of them turned, to `to`.
+// False, and nothing is written, where the kernel does not take them.
+bool turn_heads_cuda(const std::vector<at::Tensor>& from, const std::vector<at::Tensor>& to,
+                     int64_t turned, const at::Tensor& cos, const at::Tensor& sin);
 
 }  // namespace reformer

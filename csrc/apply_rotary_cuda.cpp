@@ -1,4 +1,5 @@
-// apply_rotary on CUDA: readies the tensors for the kernel, launches, registers.
+// apply_rotary on CUDA: readies the tensors for the kernel, which split_heads and merge_heads use
+// too, launches, registers.
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -6,37 +7,44 @@
 #include <torch/library.h>
 
 #include "apply_rotary_common.h"
-#include "kernel_dtype.h"
+#include "kernel_tensors.h"
 #include "kernels/apply_rotary.h"
 
 namespace reformer {
 namespace {
 
-// Whether all rows begin at multiples of 16 bytes, with nothing between their elements.
-bool has_aligned_rows(const at::Tensor& x) {
-  bool aligned = x.stride(-1) == 1 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  for (int64_t dim = 0; dim < x.dim() - 1; ++dim) {
-    aligned &= x.size(dim) == 1 || x.stride(dim) * x.element_size() % 16 == 0;
-  }
-  return aligned;
-}
-
 kernels::RotaryRows rows_of(const at::Tensor& x) {
-  return {x.const_data_ptr(), x.dim() == 5 ? x.stride(0) : 0, x.stride(-4), x.stride(-3),
-          x.stride(-2)};
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 at::Tensor apply_rotary_cuda(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   const c10::cuda::CUDAGuard guard(x.device());
   check_apply_rotary(x, cos, sin);
-  const auto dtype = kernel_dtype(x);
   const at::Tensor out = at::empty_like(x);
-  const bool fits = x.size(-1) / 2 * x.element_size() % 16 == 0 && has_aligned_rows(x) &&
-                    has_aligned_rows(out) && has_aligned_rows(cos) && has_aligned_rows(sin);
-  if (!dtype.has_value() || !fits) return apply_rotary_composite(x, cos, sin);
+  const auto heads = [](const at::Tensor& x) {
+    return x.dim() == 5 ? x.unbind() : std::vector<at::Tensor>{x};
+  };
+  const auto from = heads(x);
+  const bool done = turn_heads_cuda(from, heads(out), static_cast<int64_t>(from.size()), cos, sin);
+  return done ? out : apply_rotary_composite(x, cos, sin);
+}
+
+}  // namespace
+
+bool turn_heads_cuda(const std::vector<at::Tensor>& from, const std::vector<at::Tensor>& to,
+                     int64_t turned, const at::Tensor& cos, const at::Tensor& sin) {
   kernels::ApplyRotaryParams params = {};
-  params.x = rows_of(x);
-  params.out = rows_of(out);
+  if (from.empty() || from.size() > std::size(params.from)) return false;
+  const at::Tensor& x = from[0];
+  const auto dtype = kernel_dtype(x);
+  bool fits = dtype.has_value() && x.size(-1) / 2 * x.element_size() % 16 == 0 &&
+              has_aligned_rows(cos) && has_aligned_rows(sin);
+  for (size_t part = 0; part < from.size(); ++part) {
+    fits = fits && has_aligned_rows(from[part]) && has_aligned_rows(to[part]);
+    params.from[part] = rows_of(from[part]);
+    params.to[part] = rows_of(to[part]);
+  }
+  if (!fits) return false;
   params.cos = cos.const_data_ptr<float>();
   params.sin = sin.const_data_ptr<float>();
   params.cos_stride_b = cos.dim() == 4 ? cos.stride(0) : 0;
@@ -44,16 +52,15 @@ at::Tensor apply_rotary_cuda(const at::Tensor& x, const at::Tensor& cos, const a
   params.cos_stride_l = cos.stride(-2);
   params.sin_stride_l = sin.stride(-2);
   params.dtype = *dtype;
-  params.parts = x.dim() == 5 ? x.size(0) : 1;
-  params.batch = x.size(-4);
-  params.heads = x.size(-3);
-  params.length = x.size(-2);
-  params.head_dim = x.size(-1);
+  params.parts = static_cast<int64_t>(from.size());
+  params.turned = turned;
+  params.batch = x.size(0);
+  params.heads = x.size(1);
+  params.length = x.size(2);
+  params.head_dim = x.size(3);
   C10_CUDA_CHECK(kernels::apply_rotary(params, c10::cuda::getCurrentCUDAStream().stream()));
-  return out;
+  return true;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(reformer, CUDA, m) { m.impl("apply_rotary", &apply_rotary_cuda); }
 

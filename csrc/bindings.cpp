@@ -48,6 +48,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("merge_attention", &merge_attention, py::arg("outs"), py::arg("lses"), release_gil());
   m.def("apply_rotary", &reformer::apply_rotary, py::arg("x"), py::arg("cos"), py::arg("sin"),
         release_gil());
+  m.def("split_heads", &reformer::split_heads, py::arg("x"), py::arg("parts"), py::arg("cos"),
+        py::arg("sin"), release_gil());
+  m.def("merge_heads", &reformer::merge_heads, py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("cos"), py::arg("sin"), release_gil());
   m.def("lsh_decode", &reformer::lsh_decode, py::arg("q"), py::arg("keys"), py::arg("values"),
         py::arg("table"), py::arg("counts"), py::arg("buckets"), py::arg("own_values") = py::none(),
         py::arg("scale") = py::none(), py::arg("correct_duplicates") = false, release_gil());

@@ -7,7 +7,7 @@
 
 #include "checks.h"
 #include "chunked_attention_common.h"
-#include "kernel_dtype.h"
+#include "kernel_tensors.h"
 #include "kernels/chunked_attention.h"
 #include "reformer.h"
 
@@ -25,22 +25,12 @@ void check_length(const char* op, const ChunkedAttentionArgs& args) {
                  " positions in ", args.rounds(), " rounds");
 }
 
-// x itself, or a copy, with contiguous rows that begin at multiples of 16 bytes.
-at::Tensor kernel_ready(const at::Tensor& x) {
-  const int64_t row_alignment = 16 / x.element_size();
-  bool ready = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  for (int64_t dim = 0; dim < 3; ++dim) {
-    ready = ready && (x.size(dim) == 1 || x.stride(dim) % row_alignment == 0);
-  }
-  return ready ? x : x.clone(at::MemoryFormat::Contiguous);
-}
-
 at::Tensor contiguous(const at::Tensor& x) { return x.defined() ? x.contiguous() : x; }
 
 ChunkedAttentionArgs kernel_ready(ChunkedAttentionArgs args) {
-  args.q = kernel_ready(args.q);
-  args.v = kernel_ready(args.v);
-  if (args.k.defined()) args.k = kernel_ready(args.k);
+  args.q = with_aligned_rows(args.q);
+  args.v = with_aligned_rows(args.v);
+  if (args.k.defined()) args.k = with_aligned_rows(args.k);
   for (at::Tensor* x : {&args.order, &args.key_padding_mask, &args.buckets}) *x = contiguous(*x);
   return args;
 }
@@ -113,7 +103,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> chunked_attention_backward_cuda(
   if (grad_q.numel() == 0) return grads;
 
   const ChunkedAttentionArgs args = kernel_ready(given);
-  const at::Tensor out = kernel_ready(results.out), grad_out = kernel_ready(results.grad_out);
+  const at::Tensor out = with_aligned_rows(results.out),
+                   grad_out = with_aligned_rows(results.grad_out);
   const at::Tensor lse = results.lse.contiguous(), grad_lse = contiguous(results.grad_lse);
   ChunkedAttentionBackwardParams params = {};
   fill(params, args);

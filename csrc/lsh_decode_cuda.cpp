@@ -11,7 +11,7 @@
 
 #include "checks.h"
 #include "chunked_attention_common.h"
-#include "kernel_dtype.h"
+#include "kernel_tensors.h"
 #include "kernels/lsh_decode.h"
 #include "lsh_decode_common.h"
 #include "reformer.h"
@@ -20,10 +20,6 @@ namespace reformer {
 namespace {
 
 using kernels::NewRows;
-
-bool is_aligned(const at::Tensor& x) {
-  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-}
 
 at::Tensor with_dense_rows(const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); }
 
@@ -39,7 +35,8 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode_cuda(
   const c10::cuda::CUDAGuard guard(q_given.device());
   check_lsh_decode(q_given, keys, values, table, counts, buckets_given, own_values_given, scale);
   const auto dtype = kernel_dtype(q_given);
-  if (!dtype.has_value() || q_given.size(3) % 8 != 0 || !is_aligned(keys) || !is_aligned(values)) {
+  if (!dtype.has_value() || q_given.size(3) % 8 != 0 || !has_aligned_rows(keys) ||
+      !has_aligned_rows(values)) {
     return lsh_decode_composite(q_given, keys, values, table, counts, buckets_given,
                                 own_values_given, scale, correct_duplicates);
   }
@@ -94,14 +91,15 @@ void lsh_cache_append_cuda(const at::Tensor& keys, const at::Tensor& values,
   check_lsh_cache_append(keys, values, table, counts, k_given, v_given, buckets_given,
                          lengths_given);
   const auto dtype = kernel_dtype(k_given);
-  if (!dtype.has_value()) {
+  if (!dtype.has_value() || k_given.size(3) % 8 != 0 || !has_aligned_rows(keys) ||
+      !has_aligned_rows(values)) {
     lsh_cache_append_composite(keys, values, table, counts, k_given, v_given, buckets_given,
                                lengths_given, normalize);
     return;
   }
   if (k_given.numel() == 0) return;
 
-  const at::Tensor k = with_dense_rows(k_given), v = with_dense_rows(v_given);
+  const at::Tensor k = with_aligned_rows(k_given), v = with_aligned_rows(v_given);
   const at::Tensor buckets = buckets_given.contiguous(), lengths = lengths_given.contiguous();
   kernels::LshCacheAppendParams params = {};
   params.keys = keys.mutable_data_ptr();

@@ -6,7 +6,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
-#include "kernel_dtype.h"
+#include "kernel_tensors.h"
 #include "kernels/lsh_hash.h"
 #include "lsh_hash_common.h"
 

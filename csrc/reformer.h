@@ -80,6 +80,17 @@ std::tuple<at::Tensor, at::Tensor> merge_attention(at::TensorList outs, at::Tens
 // [c, c] and [-s, s] of the angles. Differentiable in x. -> like x.
 at::Tensor apply_rotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
 
+// A projection x [B, L, parts * H * D] as `parts` tensors of heads [B, H, L, D]: queries, keys
+// unless they are the queries, and values. All but the values are turned, as by apply_rotary.
+// Differentiable in x, by the next.
+std::vector<at::Tensor> split_heads(const at::Tensor& x, int64_t parts, const at::Tensor& cos,
+                                    const at::Tensor& sin);
+
+// Heads side by side in one projection, q and k turned; with the opposite sin, the inverse of
+// split_heads. Differentiable in q, k and v.
+at::Tensor merge_heads(const at::Tensor& q, const std::optional<at::Tensor>& k, const at::Tensor& v,
+                       const at::Tensor& cos, const at::Tensor& sin);
+
 // Decoding. The cache of a layer: keys and values [B, H, C, D], and per head, round and bucket the
 // last W positions that fell into it: table int32 [B, H, R, N, W], and how many did: counts int32
 // [B, H, R, N]; position number i of a bucket is in slot i % W. All contiguous, counts zero at

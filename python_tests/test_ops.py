@@ -69,7 +69,8 @@ def differentiate(
     inputs: dict[str, Tensor],
     cotangents: Sequence[Tensor],
 ) -> dict[str, Tensor]:
-    """``out``, ``lse`` and the gradient of every input by name, through both outputs."""
+    """``out``, ``lse`` or whatever comes second, a third output if there is one, and the gradient
+    of every input by name, through all outputs."""
     outputs = function(**inputs)
     grads = torch.autograd.grad(
         [output for output in outputs if output.requires_grad],
@@ -77,7 +78,7 @@ def differentiate(
         [c.to(o.dtype) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad],
     )
     named = {f"grad_{name}": grad for name, grad in zip(inputs, grads, strict=True)}
-    return {"out": outputs[0], "lse": outputs[1], **named}
+    return {**dict(zip(("out", "lse", "third"), outputs, strict=False)), **named}
 
 
 def upcast(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -533,6 +534,99 @@ def test_apply_rotary_twice_differentiable() -> None:
     x.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: reformer_ext.apply_rotary(x, *factors), x)
     assert torch.autograd.gradgradcheck(lambda x: reformer_ext.apply_rotary(x, *factors), x)
+
+
+@pytest.mark.parametrize("length", [1, 37])
+@pytest.mark.parametrize("head_dim", [2, 24, 64])
+@pytest.mark.parametrize("batched", [False, True], ids=["shared", "batched"])
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_split_and_merge_heads(
+    parts: int, batched: bool, head_dim: int, length: int, device: str, dtype: torch.dtype
+) -> None:
+    heads, cos, sin = rotary_inputs("projected", batched, head_dim, length, device, dtype)
+    rows = torch.randn(2, length, parts * 4 * head_dim, device=device).to(dtype)
+    q, k, v = heads[0], heads[1] if parts == 3 else None, heads[1].flip(2)
+
+    def split(implementation: object) -> Callable:
+        return lambda x: tuple(implementation.split_heads(x, parts, cos, sin))  # type: ignore[attr-defined]
+
+    def merge(implementation: object) -> Callable:
+        return lambda q, v, k=None: (implementation.merge_heads(q, k, v, cos, sin),)  # type: ignore[attr-defined]
+
+    tensors = {"q": q, "v": v} if k is None else {"q": q, "v": v, "k": k}
+    for function, inputs in [(split, {"x": rows}), (merge, tensors)]:
+        inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        cotangents = [torch.randn_like(y) for y in function(reformer_ext)(**inputs)]
+        got = differentiate(function(reformer_ext), inputs, cotangents)
+        twin = differentiate(function(reference), inputs, cotangents)
+        oracle = differentiate(function(reference), upcast(inputs), cotangents)
+        for name, expected in oracle.items():
+            assert_accurate(name, got[name], twin[name], expected, ROUNDING[dtype])
+
+    q, *k, v = reformer_ext.split_heads(rows, parts, cos, sin)
+    assert all(x.transpose(1, 2).is_contiguous() for x in (q, *k, v))
+    back = reformer_ext.merge_heads(q, k[0] if k else None, v, cos, -sin)
+    torch.testing.assert_close(back, rows, rtol=2**-6, atol=2**-6)
+    values = slice(-4 * head_dim, None)
+    torch.testing.assert_close(back[..., values], rows[..., values], rtol=0, atol=0)
+
+
+def test_split_heads_takes_any_strides() -> None:
+    _, cos, sin = rotary_inputs("projected", False, 16, 7, "cpu", torch.float32)
+    rows = torch.randn(2, 2 * 3 * 16, 7).transpose(1, 2)
+    for got, expected in zip(
+        reformer_ext.split_heads(rows, 2, cos, sin),
+        reference.split_heads(rows, 2, cos, sin),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("batched", [False, True], ids=["shared", "batched"])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_opcheck_split_and_merge_heads(parts: int, batched: bool, device: str) -> None:
+    heads, *factors = rotary_inputs("projected", batched, 16, 5, device, torch.float32)
+    x = torch.randn(2, 5, parts * 64, device=device, requires_grad=True)
+    torch.library.opcheck(ops.split_heads.default, (x, parts, *factors))
+    q, v = (part.detach().requires_grad_() for part in heads)
+    k = None if parts == 2 else torch.randn_like(q, requires_grad=True)
+    torch.library.opcheck(ops.merge_heads.default, (q, k, v, *factors))
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_split_heads_twice_differentiable(parts: int) -> None:
+    _, *factors = rotary_inputs("projected", True, 4, 3, "cpu", torch.float64)
+    x = torch.randn(2, 3, parts * 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: reformer_ext.split_heads(x, parts, *factors), x)
+    assert torch.autograd.gradgradcheck(lambda x: reformer_ext.split_heads(x, parts, *factors), x)
+
+
+def test_split_and_merge_heads_errors() -> None:
+    heads, cos, sin = rotary_inputs("projected", True, 4, 3, "cpu", torch.float32)
+    x, (q, v) = torch.randn(2, 3, 32), heads
+    for arguments, message in [
+        ((x[0], 2, cos, sin), r"expected x of shape \[B, L, parts \* H \* D\].*\[3, 32\]"),
+        ((x.int(), 2, cos, sin), "expected x of dtype.*Int"),
+        ((x, 4, cos, sin), "expected parts of 2 or 3, got 4"),
+        ((x, 3, cos, sin), r"multiple of parts \* D = 12, got \[2, 3, 32\]"),
+        ((x, 2, cos[..., :3], sin), "expected cos with an even head dimension"),
+        ((x, 2, cos[0], sin), r"expected cos of shape \[L, D\]"),
+        ((x, 2, cos, sin[:1]), "expected sin of shape"),
+        ((x, 2, cos, sin.double()), "expected sin of dtype"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"split_heads: .*{message}"):
+            reformer_ext.split_heads(*arguments)
+    for arguments, message in [
+        ((q[0], None, v, cos, sin), r"expected q of shape \[B, H, L, D\]"),
+        ((q, None, v[:1], cos, sin), "expected v of shape"),
+        ((q, v.double(), v, cos, sin), "expected k of dtype"),
+        ((q, None, v, cos[:, :, :2], sin), "expected cos of shape"),
+        ((q[..., :2], None, v[..., :2], cos, sin), "expected q with the head dimension 4 of cos"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"merge_heads: .*{message}"):
+            reformer_ext.merge_heads(*arguments)
 
 
 def test_apply_rotary_errors() -> None:

@@ -14,6 +14,12 @@ _OPTIONS = (
 _DROPOUT = "bool correct_duplicates=False, float dropout_p=0., Tensor? dropout_seed=None"
 SCHEMAS = {
     "apply_rotary": "reformer::apply_rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+    "split_heads": (
+        "reformer::split_heads(Tensor x, int parts, Tensor cos, Tensor sin) -> Tensor[]"
+    ),
+    "merge_heads": (
+        "reformer::merge_heads(Tensor q, Tensor? k, Tensor v, Tensor cos, Tensor sin) -> Tensor"
+    ),
     "lsh_hash": (
         "reformer::lsh_hash(Tensor x, Tensor rotations, int[] n_buckets, "
         "Tensor? key_padding_mask=None) -> Tensor"

@@ -17,8 +17,10 @@ from .ops import (
     lsh_decode,
     lsh_hash,
     merge_attention,
+    merge_heads,
     sample_rotations,
     set_workspace_limit,
+    split_heads,
     workspace_limit,
 )
 from .packed import chunked_attention_packed, lsh_attention_packed
@@ -39,7 +41,9 @@ __all__ = [
     "lsh_decode",
     "lsh_hash",
     "merge_attention",
+    "merge_heads",
     "sample_rotations",
     "set_workspace_limit",
+    "split_heads",
     "workspace_limit",
 ]

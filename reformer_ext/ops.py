@@ -29,8 +29,10 @@ __all__ = [
     "lsh_decode",
     "lsh_hash",
     "merge_attention",
+    "merge_heads",
     "sample_rotations",
     "set_workspace_limit",
+    "split_heads",
     "workspace_limit",
 ]
 
@@ -480,6 +482,44 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         RuntimeError: naming the argument, what was expected and what came.
     """
     return torch.ops.reformer.apply_rotary.default(x, cos, sin)
+
+
+def split_heads(x: Tensor, parts: int, cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """Splits a projection into heads and turns queries and keys, in one pass; so does its backward.
+
+    Args:
+        x: ``(B, L, parts * H * D)``, D even: rows of queries, of keys unless parts is 2, and of
+            values.
+        parts: 2 for shared queries and keys, else 3.
+        cos, sin: as in :func:`apply_rotary`.
+
+    Returns:
+        ``parts`` tensors ``(B, H, L, D)``, in memory ``(B, L, H, D)``. Differentiable in x.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    heads: list[Tensor] = torch.ops.reformer.split_heads.default(x, parts, cos, sin)
+    return heads
+
+
+def merge_heads(q: Tensor, k: Tensor | None, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns queries and keys and lays all heads side by side, as a projection has them.
+
+    ``merge_heads(q, k, v, cos, -sin)`` is the inverse of :func:`split_heads`, and its derivative.
+
+    Args:
+        q, v: ``(B, H, L, D)``.
+        k: the same, or None for shared queries and keys.
+        cos, sin: as in :func:`apply_rotary`.
+
+    Returns:
+        ``(B, L, 2 * H * D)``, with keys ``(B, L, 3 * H * D)``. Differentiable in q, k and v.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.reformer.merge_heads.default(q, k, v, cos, sin)
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -248,6 +248,18 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
+def split_heads(x: Tensor, parts: int, cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """A projection's heads, all but the values turned; see :func:`reformer_ext.split_heads`."""
+    *turned, v = x.unflatten(2, (parts, -1, cos.shape[-1])).permute(2, 0, 3, 1, 4).unbind()
+    return [*(apply_rotary(heads, cos, sin) for heads in turned), v]
+
+
+def merge_heads(q: Tensor, k: Tensor | None, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads turned and side by side; see :func:`reformer_ext.merge_heads`."""
+    turned = [apply_rotary(heads, cos, sin) for heads in (q, k) if heads is not None]
+    return torch.stack([*turned, v], dim=2).permute(0, 3, 2, 1, 4).flatten(2)
+
+
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Joins attentions of the same queries over disjoint key sets by their log-sum-exp."""
     stacked = torch.stack(list(lses))

@@ -17,10 +17,10 @@ struct alignas(16) Vector {
 };
 
 template <typename T>
-__device__ __forceinline__ T* row_of(const RotaryRows& rows, int64_t part, int64_t batch,
-                                     int64_t head, int64_t token) {
-  return static_cast<T*>(const_cast<void*>(rows.data)) + part * rows.stride_n +
-         batch * rows.stride_b + head * rows.stride_h + token * rows.stride_l;
+__device__ __forceinline__ T* row_of(const RotaryRows& rows, int64_t batch, int64_t head,
+                                     int64_t token) {
+  return static_cast<T*>(const_cast<void*>(rows.data)) + batch * rows.stride_b +
+         head * rows.stride_h + token * rows.stride_l;
 }
 
 template <typename T>
@@ -33,7 +33,7 @@ __device__ __forceinline__ const Vector<float, kWidth>& factors_at(const float* 
   return *reinterpret_cast<const Vector<float, kWidth>*>(row + element);
 }
 
-// A block turns all rows of one token, a thread one vector of a row's lower half and its partner.
+// A block takes all rows of one token, a thread one vector of a row's lower half and its partner.
 template <typename T>
 __global__ __launch_bounds__(kMaxThreads) void rotary_kernel(
     const __grid_constant__ ApplyRotaryParams params) {
@@ -49,9 +49,14 @@ __global__ __launch_bounds__(kMaxThreads) void rotary_kernel(
   for (int i = threadIdx.x; i < total; i += blockDim.x) {
     const int row = i / vectors, d = (i - row * vectors) * kWidth;
     const int part = row / heads, head = row - part * heads;
-    T* const x = row_of<T>(params.x, part, batch, head, token);
-    T* const out = row_of<T>(params.out, part, batch, head, token);
-    const Vector<T> low = vector_at(x, d), high = vector_at(x, d + half);
+    T* const from = row_of<T>(params.from[part], batch, head, token);
+    T* const to = row_of<T>(params.to[part], batch, head, token);
+    const Vector<T> low = vector_at(from, d), high = vector_at(from, d + half);
+    if (part >= params.turned) {
+      vector_at(to, d) = low;
+      vector_at(to, d + half) = high;
+      continue;
+    }
     const Vector<float, kWidth> cos_low = factors_at<kWidth>(cos, d),
                                 cos_high = factors_at<kWidth>(cos, d + half),
                                 sin_low = factors_at<kWidth>(sin, d),
@@ -63,8 +68,8 @@ __global__ __launch_bounds__(kMaxThreads) void rotary_kernel(
       turned_low.x[e] = from_float<T>(fmaf(b, sin_low.x[e], a * cos_low.x[e]));
       turned_high.x[e] = from_float<T>(fmaf(a, sin_high.x[e], b * cos_high.x[e]));
     }
-    vector_at(out, d) = turned_low;
-    vector_at(out, d + half) = turned_high;
+    vector_at(to, d) = turned_low;
+    vector_at(to, d + half) = turned_high;
   }
 }
 

@@ -9,19 +9,20 @@
 
 namespace reformer::kernels {
 
-// Rows [N, B, H, L] of D elements, contiguous; strides in elements.
+// Rows [B, H, L] of D elements, contiguous; strides in elements.
 struct RotaryRows {
   const void* data;
-  int64_t stride_n, stride_b, stride_h, stride_l;
+  int64_t stride_b, stride_h, stride_l;
 };
 
 // All rows aligned to 16 bytes, D/2 elements of x a multiple of that.
 struct ApplyRotaryParams {
-  RotaryRows x, out;
-  const float *cos, *sin;  // [B or 1, L, D], last dimension contiguous
+  RotaryRows from[3], to[3];  // of each part
+  const float *cos, *sin;     // [B or 1, L, D], last dimension contiguous
   int64_t cos_stride_b, cos_stride_l, sin_stride_b, sin_stride_l;  // stride_b 0: for all
   DType dtype;
-  int64_t parts, batch, heads, length, head_dim;  // parts: N
+  int64_t parts, turned;  // the others are copied
+  int64_t batch, heads, length, head_dim;
 };
 
 // Enqueues; never synchronises or allocates.

@@ -394,33 +394,57 @@ __device__ __forceinline__ bool has_room(int64_t position, int64_t capacity) {
   return position >= 0 && position < capacity;
 }
 
-// One warp copies a row [D], D <= 256.
+constexpr int kRowLanes = 8;  // copy a row together, in pieces of 16 bytes
+
+// A lane's pieces of a row [D], D <= 256.
 template <typename T>
-__device__ __forceinline__ void copy_row(T* to, const T* from, int head_dim, bool normalize) {
-  constexpr int kElements = 256 / 32;
-  const int lane = threadIdx.x % 32;
-  T x[kElements];
-  float squares = 0;
+struct RowPieces {
+  static constexpr int kWidth = 16 / sizeof(T), kPieces = 256 / (kWidth * kRowLanes);
+  struct alignas(16) Piece {
+    T x[kWidth];
+  };
+  Piece pieces[kPieces];
+
+  // Calls body(piece, its first element).
+  template <typename Body>
+  __device__ __forceinline__ void for_each(int head_dim, Body body) {
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) {
-    const int d = i * 32 + lane;
-    x[i] = d < head_dim ? from[d] : from_float<T>(0.0f);
-    squares = fmaf(to_float(x[i]), to_float(x[i]), squares);
+    for (int i = 0; i < kPieces; ++i) {
+      const int d = (i * kRowLanes + static_cast<int>(threadIdx.x) % kRowLanes) * kWidth;
+      if (d < head_dim) body(pieces[i], d);
+    }
   }
-  float norm = 1;
-  if (normalize) {
+  __device__ __forceinline__ void load(const T* row, int head_dim) {
+    for_each(head_dim,
+             [&](Piece& piece, int d) { piece = *reinterpret_cast<const Piece*>(row + d); });
+  }
+  __device__ __forceinline__ void store(T* row, int head_dim) {
+    for_each(head_dim,
+             [&](const Piece& piece, int d) { *reinterpret_cast<Piece*>(row + d) = piece; });
+  }
+  // Brings the row to length one. All lanes of the warp take part.
+  __device__ __forceinline__ void normalize(int head_dim) {
+    float squares = 0;
+    for_each(head_dim, [&](const Piece& piece, int) {
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
+      for (int e = 0; e < kWidth; ++e) {
+        const float x = to_float(piece.x[e]);
+        squares = fmaf(x, x, squares);
+      }
+    });
+#pragma unroll
+    for (int offset = kRowLanes / 2; offset > 0; offset /= 2) {
       squares += __shfl_xor_sync(kAllLanes, squares, offset);
     }
-    norm = fmaxf(sqrtf(squares), 1e-12f);
-  }
+    const float norm = fmaxf(sqrtf(squares), 1e-12f);
+    for_each(head_dim, [&](Piece& piece, int) {
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) {
-    const int d = i * 32 + lane;
-    if (d < head_dim) to[d] = normalize ? from_float<T>(to_float(x[i]) / norm) : x[i];
+      for (int e = 0; e < kWidth; ++e) {
+        piece.x[e] = from_float<T>(to_float(piece.x[e]) / norm);
+      }
+    });
   }
-}
+};
 
 // One warp enters the new positions of a head and round, 32 at a time.
 __device__ __forceinline__ void count_line(const LshCacheAppendParams& params, int64_t line) {
@@ -450,27 +474,33 @@ __device__ __forceinline__ void count_line(const LshCacheAppendParams& params, i
   }
 }
 
-// A warp for each row and, unless there is an order, for each head and round.
+constexpr int kRowsPerWarp = 32 / kRowLanes;
+
+// A warp for each kRowsPerWarp rows and, unless there is an order, for each head and round.
 template <typename T>
 __global__ __launch_bounds__(kAppendThreads) void append_kernel(
     const __grid_constant__ LshCacheAppendParams params) {
   wait_for_previous_kernel();
   const int64_t warp = (int64_t{blockIdx.x} * kAppendThreads + threadIdx.x) / 32;
   const int64_t heads = params.batch * params.heads, rows = heads * params.rows;
-  if (warp >= rows) {
-    const int64_t line = warp - rows;
+  const int64_t row_warps = ceil_div<int64_t>(rows, kRowsPerWarp);
+  if (warp >= row_warps) {
+    const int64_t line = warp - row_warps;
     if (params.order == nullptr && line < heads * params.rounds) count_line(params, line);
     return;
   }
-  const int64_t head = warp / params.rows, t = warp % params.rows;
+  const int64_t row = warp * kRowsPerWarp + threadIdx.x % 32 / kRowLanes;
+  const int64_t head = min(row, rows - 1) / params.rows, t = row - head * params.rows;
   const int64_t position = params.lengths[head / params.heads] + t;
-  if (!has_room(position, params.capacity)) return;
-  const int64_t offset = (head * params.capacity + position) * params.head_dim;
-  const int head_dim = static_cast<int>(params.head_dim);
-  copy_row(static_cast<T*>(params.keys) + offset, row_of<const T>(params.k, head, params.heads, t),
-           head_dim, params.normalize);
-  copy_row(static_cast<T*>(params.values) + offset,
-           row_of<const T>(params.v, head, params.heads, t), head_dim, false);
+  const bool kept = row < rows && has_room(position, params.capacity);
+  const int head_dim = kept ? static_cast<int>(params.head_dim) : 0;
+  RowPieces<T> k, v;
+  k.load(row_of<const T>(params.k, head, params.heads, t), head_dim);
+  v.load(row_of<const T>(params.v, head, params.heads, t), head_dim);
+  if (params.normalize) k.normalize(head_dim);
+  const int64_t place = (head * params.capacity + position) * params.head_dim;
+  k.store(static_cast<T*>(params.keys) + place, head_dim);
+  v.store(static_cast<T*>(params.values) + place, head_dim);
 }
 
 // The new positions of a head and round in the order of their buckets.
@@ -526,16 +556,17 @@ __global__ __launch_bounds__(kAppendThreads) void fill_buckets_kernel(
 
 bool valid(const LshCacheAppendParams& params) {
   return params.batch >= 0 && params.heads >= 0 && params.rows >= 0 && params.rows <= INT32_MAX &&
-         params.head_dim >= 1 && params.head_dim <= 256 && params.capacity >= 1 &&
-         params.rounds >= 1 && params.n_buckets >= 1 && params.window >= 1 &&
-         (params.order == nullptr) == (params.scratch == nullptr);
+         params.head_dim >= 8 && params.head_dim <= 256 && params.head_dim % 8 == 0 &&
+         params.capacity >= 1 && params.rounds >= 1 && params.n_buckets >= 1 &&
+         params.window >= 1 && (params.order == nullptr) == (params.scratch == nullptr);
 }
 
 template <typename T>
 cudaError_t launch_append(const LshCacheAppendParams& params, cudaStream_t stream) {
   const bool counted = params.order == nullptr;
   const int64_t heads = params.batch * params.heads, lines = heads * params.rounds;
-  const int64_t warps = heads * params.rows + (counted ? lines : 0);
+  const int64_t warps =
+      ceil_div<int64_t>(heads * params.rows, kRowsPerWarp) + (counted ? lines : 0);
   const int64_t blocks = ceil_div<int64_t>(warps, kAppendThreads / 32);
   const int64_t sorted_blocks =
       counted ? 0 : ceil_div<int64_t>(lines * params.rows, kAppendThreads);

@@ -46,9 +46,9 @@ int64_t lsh_decode_workspace(const LshDecodeParams& params);
 cudaError_t lsh_decode(const LshDecodeParams& params, cudaStream_t stream);
 
 struct LshCacheAppendParams {
-  void *keys, *values;  // of any alignment here
+  void *keys, *values;
   int32_t *table, *counts;
-  NewRows k, v;
+  NewRows k, v;            // rows begin at multiples of 16 bytes
   bool normalize;          // k is brought to length one
   const int32_t* buckets;  // [B, H, R, T]; outside [0, N): no bucket takes the position
   const int64_t* lengths;  // [B]: row t of batch b becomes position lengths[b] + t, if that is < C
@@ -60,7 +60,7 @@ struct LshCacheAppendParams {
   int64_t batch, heads, rows, head_dim, capacity, rounds, n_buckets, window;
 };
 
-// Up to here counting takes no longer than sorting.
+// D is a multiple of 8, at most 256. Up to so many rows counting takes no longer than sorting.
 inline constexpr int64_t kRowsCounted = 512;
 
 // Enqueues; never synchronises or allocates. Deterministic.

@@ -36,8 +36,9 @@ std::string error_of(Call call) {
 }
 
 void test_registered_by_name() {
-  for (const char* op : {"lsh_hash", "bucket_sort", "chunked_attention", "lsh_attention",
-                         "lsh_cache_append", "lsh_decode", "merge_attention", "apply_rotary"}) {
+  for (const char* op :
+       {"lsh_hash", "bucket_sort", "chunked_attention", "lsh_attention", "lsh_cache_append",
+        "lsh_decode", "merge_attention", "apply_rotary", "split_heads", "merge_heads"}) {
     const std::string name = std::string("reformer::") + op;
     EXPECT(c10::Dispatcher::singleton().findSchema({name, ""}).has_value());
   }
@@ -143,6 +144,19 @@ void test_merge() {
   EXPECT(close(merged_lse, whole_lse));
 }
 
+void test_splitting_into_heads() {
+  const auto x = randn({2, 30, 3 * 4 * 8});
+  const auto angles = at::randn({30, 4}, at::kFloat);
+  const auto cos = at::cat({angles.cos(), angles.cos()}, -1);
+  const auto sin = at::cat({-angles.sin(), angles.sin()}, -1);
+  const auto heads = reformer::split_heads(x, 3, cos, sin);
+  const auto given = x.view({2, 30, 3, 4, 8}).permute({2, 0, 3, 1, 4});
+  EXPECT(close(heads[0], reformer::apply_rotary(given[0], cos, sin)));
+  EXPECT(at::equal(heads[2], given[2]));
+  const auto back = reformer::merge_heads(heads[0], heads[1], heads[2], cos, -sin);
+  EXPECT(at::allclose(back, x, 1e-6, 1e-6));  // the angles are float
+}
+
 void test_errors() {
   const auto x = randn({1, 2, 30, 8});
   const auto error = error_of([&] { reformer::lsh_hash(x, randn({2, 8, 4, 4}), {7}); });
@@ -163,6 +177,7 @@ int main() {
   test_lsh_attention_is_its_steps();
   test_decoding_step_by_step();
   test_merge();
+  test_splitting_into_heads();
   test_errors();
   std::printf("%d checks failed\n", failures);
   return failures != 0;

@@ -136,17 +136,16 @@ class _Attention(nn.Module):
         weight, bias = self.in_proj.weight, self.in_proj.bias
         return lambda x: F.linear(x, rows(weight), None if bias is None else rows(bias))
 
-    def _turn(
-        self, projected: Tensor, rotary: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Queries and keys ``(n_projections - 1, B, H, L, D)`` in their positions, and values."""
-        qk, v = torch.split(projected, [self.n_projections - 1, 1])
-        v = v.squeeze(0)
+    def _turn(self, projected: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Sequence[Tensor]:
+        """Queries, keys and values ``(B, H, L, D)``, all but the values in their positions."""
         if rotary is None:
-            return qk, v
+            return projected.unbind()
         if torch.is_grad_enabled():
-            v = v.clone()  # as a view it would keep the unturned queries and keys for the backward
-        return apply_rotary(qk, rotary), v
+            # Values as a view would keep the unturned rest for the backward, which would gather
+            # the projection's gradient from pieces.
+            rows = projected.permute(1, 3, 0, 2, 4).flatten(2)
+            return ops.split_heads(rows, self.n_projections, *rotary)
+        return *apply_rotary(projected[:-1], rotary), projected[-1]
 
     def _project_out(self, out: Tensor, heads: tuple[int, int] | None = None) -> Tensor:
         """``(B, H, L, D) -> (B, L, dim)``, of all heads or the share of some in the sum."""
@@ -341,7 +340,6 @@ class LSHSelfAttention(_Attention):
         self._check_heads(heads, cache)
         projected = self._project_in(x, norm, heads)
         qk, v = self._turn(projected, rotary)
-        qk = qk.squeeze(0)
         # With buckets given, the unturned heads can go.
         hashed = qk if self.rotary_before_hash or buckets is not None else projected[0]
         del projected
@@ -503,8 +501,7 @@ class LocalSelfAttention(_Attention):
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`, but for
         cache_windows, from :meth:`LocalCache.windows`, in place of cache_lengths."""
         self._check_heads(heads, cache)
-        qk, v = self._turn(self._project_in(x, norm, heads), rotary)
-        q, k = qk
+        q, k, v = self._turn(self._project_in(x, norm, heads), rotary)
         if cache is not None and cache_windows is not None:
             return self._project_out(cache.attend(q, k, v, cache_windows, scale=self.scale))
         if cache is not None:
@@ -586,7 +583,7 @@ class FullSelfAttention(_Attention):
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`.
         Dropout draws from the global generator."""
         self._check_heads(heads, cache)
-        qk, v = self._turn(self._project_in(x, norm, heads), rotary)
+        *qk, v = self._turn(self._project_in(x, norm, heads), rotary)
         check_padding("FullSelfAttention: expected key_padding_mask", key_padding_mask, x)
         q, k = qk if not self.shared_qk else (qk[0], F.normalize(qk[0], dim=-1))
         if cache is not None and cache_lengths is not None:
