@@ -250,13 +250,14 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def split_heads(x: Tensor, parts: int, cos: Tensor, sin: Tensor) -> list[Tensor]:
     """A projection's heads, all but the values turned; see :func:`reformer_ext.split_heads`."""
-    *turned, v = x.unflatten(2, (parts, -1, cos.shape[-1])).permute(2, 0, 3, 1, 4).unbind()
-    return [*(apply_rotary(heads, cos, sin) for heads in turned), v]
+    heads = torch.unflatten(x, 2, (parts, -1, cos.shape[-1]))
+    *queries_and_keys, v = heads.permute(2, 0, 3, 1, 4).unbind()
+    return [*(apply_rotary(part, cos, sin) for part in queries_and_keys), v]
 
 
 def merge_heads(q: Tensor, k: Tensor | None, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads turned and side by side; see :func:`reformer_ext.merge_heads`."""
-    turned = [apply_rotary(heads, cos, sin) for heads in (q, k) if heads is not None]
+    turned = [apply_rotary(part, cos, sin) for part in (q, k) if part is not None]
     return torch.stack([*turned, v], dim=2).permute(0, 3, 2, 1, 4).flatten(2)
 
 
