@@ -143,13 +143,18 @@ inline constexpr int kStagingBytes = 8 * 128;  // per warp
 
 // Writes the warp's first `count` of 16 rows of a tile of kColumns columns to the rows at
 // `positions`, kRowColumns elements each. Through the warp's staging memory, eight rows at a time,
-// so that eight lanes write a whole row; streamed, as partial results are read once and much later.
+// so that as many lanes as a row has pieces write it whole; streamed, as partial results are read
+// once and much later.
 template <typename Unit, int kColumns, int kRowColumns = kColumns>
 __device__ __forceinline__ void store_rows(const AccumulatorOf<kColumns>& tile,
                                            typename Unit::Element* rows, const int* positions,
                                            int count, uint8_t* staging, uint32_t thread) {
   using Element = typename Unit::Element;
-  const uint32_t lane = thread % 32, row = lane / 8, piece = lane % 8;
+  // A lane writes two pieces, or one of 32 columns: rows four apart then share no bank.
+  constexpr uint32_t kPieces = kColumns / 8;
+  static_assert(kPieces == 8 || kPieces == 4);
+  const uint32_t lane = thread % 32, piece = lane % kPieces;
+  const uint32_t row = lane / 8 + lane % 8 / kPieces * 4;
   Element* const columns = rows + 8 * piece;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -164,12 +169,12 @@ __device__ __forceinline__ void store_rows(const AccumulatorOf<kColumns>& tile,
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 8; i += 4) {
+    for (int i = 0; i < static_cast<int>(kPieces); i += 4) {
       const uint4 words = *reinterpret_cast<const uint4*>(staging + swizzled(i + row, piece));
       const int tile_row = 8 * half + i + static_cast<int>(row);
       uint4* destination =
           indexed_address<uint4>(columns, positions[tile_row], kRowColumns * sizeof(Element));
-      if (tile_row < count && piece * 8 < kColumns) __stcs(destination, words);
+      if (tile_row < count) __stcs(destination, words);
     }
     __syncwarp();
   }
