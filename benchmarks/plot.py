@@ -1,7 +1,7 @@
 """Draws what a benchmark measured against the length, as .svg and .png.
 
 python -m benchmarks.plot benchmarks/results/h200_lsh_attention_bf16.json --out docs/speed_h200
-python -m benchmarks.plot benchmarks/results/models/h200_train.json --out docs/train_h200
+python -m benchmarks.plot benchmarks/results/models/h200_train{_peers,}.json --out docs/train_h200
 
 Time and memory of forward and backward from ``benchmarks.ops``; tokens/s (or ms a token) and memory
 of whole models from ``benchmarks.models``, of several runs with the lengths and models of all.
@@ -161,8 +161,8 @@ def draw_panels(
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)),
-                  frameon=False)  # fmt: skip
+    columns = len(labels) if len(labels) < 5 else 3
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
     figure.supxlabel(caption, fontsize=9, color="#555555")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out.with_suffix(".svg"), metadata={"Date": None})
