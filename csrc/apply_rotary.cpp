@@ -13,6 +13,21 @@
 
 namespace reformer {
 
+void check_rotary_factors(const char* op, const at::Tensor& cos, const at::Tensor& sin,
+                          const at::Tensor& x, const c10::SymInt& batch, const c10::SymInt& length,
+                          const c10::SymInt& head_dim) {
+  for (const auto& [name, factors] : {std::pair{"cos", cos}, std::pair{"sin", sin}}) {
+    if (factors.dim() == 4) {
+      check_shape(op, name, factors, {batch, 1, length, head_dim},
+                  "(batch, 1, length, head dimension)");
+    } else {
+      check_shape(op, name, factors, {length, head_dim}, "(length, head dimension)");
+    }
+    check_dtype(op, name, factors, at::kFloat);
+    check_device(op, name, factors, x);
+  }
+}
+
 void check_apply_rotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   constexpr const char* op = "apply_rotary";
   REFORMER_CHECK(x.dim() == 4 || x.dim() == 5, op,
@@ -20,16 +35,7 @@ void check_apply_rotary(const at::Tensor& x, const at::Tensor& cos, const at::Te
   check_float(op, "x", x);
   REFORMER_CHECK(x.sym_size(-1) >= 2 && x.sym_size(-1) % 2 == 0, op,
                  ": expected x with an even head dimension, got ", x.sym_sizes());
-  for (const auto& [name, factors] : {std::pair{"cos", cos}, std::pair{"sin", sin}}) {
-    if (factors.dim() == 4) {
-      check_shape(op, name, factors, {x.sym_size(-4), 1, x.sym_size(-2), x.sym_size(-1)},
-                  "(batch, 1, length, head dimension)");
-    } else {
-      check_shape(op, name, factors, {x.sym_size(-2), x.sym_size(-1)}, "(length, head dimension)");
-    }
-    check_dtype(op, name, factors, at::kFloat);
-    check_device(op, name, factors, x);
-  }
+  check_rotary_factors(op, cos, sin, x, x.sym_size(-4), x.sym_size(-2), x.sym_size(-1));
 }
 
 at::Tensor apply_rotary_composite(const at::Tensor& x, const at::Tensor& cos,

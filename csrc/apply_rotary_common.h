@@ -1,4 +1,4 @@
-// apply_rotary: what its CUDA and composite kernels share.
+// apply_rotary: what its CUDA and composite kernels share, also with split_heads and merge_heads.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,6 +9,11 @@ namespace reformer {
 
 // Raises unless the arguments are as reformer.h says. Runs under tracing too.
 void check_apply_rotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
+
+// Raises unless cos and sin suit x of that size. Runs under tracing too.
+void check_rotary_factors(const char* op, const at::Tensor& cos, const at::Tensor& sin,
+                          const at::Tensor& x, const c10::SymInt& batch, const c10::SymInt& length,
+                          const c10::SymInt& head_dim);
 
 // The operator by ATen operators, for any device, dtype, D and alignment.
 at::Tensor apply_rotary_composite(const at::Tensor& x, const at::Tensor& cos,

@@ -32,7 +32,7 @@ inline bool has_aligned_rows(const at::Tensor& x) {
   return aligned;
 }
 
-// x itself or a copy that has.
+// x itself, or a copy that has them.
 inline at::Tensor with_aligned_rows(const at::Tensor& x) {
   return has_aligned_rows(x) ? x : x.clone(at::MemoryFormat::Contiguous);
 }

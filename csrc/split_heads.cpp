@@ -16,24 +16,14 @@
 namespace reformer {
 namespace {
 
-void check_factors(const char* op, const at::Tensor& cos, const at::Tensor& sin,
-                   const at::Tensor& x, const c10::SymInt& batch, const c10::SymInt& length) {
-  check_float(op, "cos", cos);
+// D, which the factors alone tell.
+c10::SymInt head_dim_of(const char* op, const at::Tensor& cos) {
   REFORMER_CHECK(cos.dim() == 2 || cos.dim() == 4, op,
                  ": expected cos of shape [L, D] or [B, 1, L, D], got ", cos.sym_sizes());
   const c10::SymInt head_dim = cos.sym_size(-1);
   REFORMER_CHECK(head_dim >= 2 && head_dim % 2 == 0, op,
                  ": expected cos with an even head dimension, got ", cos.sym_sizes());
-  for (const auto& [name, factors] : {std::pair{"cos", cos}, std::pair{"sin", sin}}) {
-    if (factors.dim() == 4) {
-      check_shape(op, name, factors, {batch, 1, length, head_dim},
-                  "(batch, 1, length, head dimension)");
-    } else {
-      check_shape(op, name, factors, {length, head_dim}, "(length, head dimension)");
-    }
-    check_dtype(op, name, factors, at::kFloat);
-    check_device(op, name, factors, x);
-  }
+  return head_dim;
 }
 
 int64_t parts_of(const std::optional<at::Tensor>& k) { return k.has_value() ? 3 : 2; }
@@ -46,8 +36,8 @@ void check_split_heads(const at::Tensor& x, int64_t parts, const at::Tensor& cos
   check_rank(op, "x", x, 3, "[B, L, parts * H * D]");
   check_float(op, "x", x);
   REFORMER_CHECK(parts == 2 || parts == 3, op, ": expected parts of 2 or 3, got ", parts);
-  check_factors(op, cos, sin, x, x.sym_size(0), x.sym_size(1));
-  const c10::SymInt unit = cos.sym_size(-1) * parts;
+  const c10::SymInt head_dim = head_dim_of(op, cos), unit = head_dim * parts;
+  check_rotary_factors(op, cos, sin, x, x.sym_size(0), x.sym_size(1), head_dim);
   REFORMER_CHECK(x.sym_size(2) >= unit && x.sym_size(2) % unit == 0, op,
                  ": expected x with rows of a multiple of parts * D = ", unit, ", got ",
                  x.sym_sizes());
@@ -65,9 +55,10 @@ void check_merge_heads(const at::Tensor& q, const std::optional<at::Tensor>& k, 
   };
   if (k.has_value()) check_like_q("k", *k);
   check_like_q("v", v);
-  check_factors(op, cos, sin, q, q.sym_size(0), q.sym_size(2));
-  REFORMER_CHECK(q.sym_size(3) == cos.sym_size(-1), op, ": expected q with the head dimension ",
-                 cos.sym_size(-1), " of cos, got ", q.sym_sizes());
+  const c10::SymInt head_dim = head_dim_of(op, cos);
+  check_rotary_factors(op, cos, sin, q, q.sym_size(0), q.sym_size(2), head_dim);
+  REFORMER_CHECK(q.sym_size(3) == head_dim, op, ": expected q with the head dimension ", head_dim,
+                 " of cos, got ", q.sym_sizes());
 }
 
 std::vector<at::Tensor> heads_like(const at::Tensor& x, int64_t parts, const at::Tensor& cos) {

@@ -252,9 +252,10 @@ __global__ void row_stats_kernel(const __grid_constant__ ChunkedAttentionBackwar
     row_stats[position.index] = stats;
   } else {
     constexpr auto kElementBytes = static_cast<int64_t>(sizeof(T));
-    auto* grad_v = reinterpret_cast<uint8_t*>(position.template head_rows<T>(params.grad_v));
-    *row_stats_in(grad_v, params.grad_v.stride_l * kElementBytes,
-                  head_dim * kElementBytes / sizeof(RowStats), position.l) = stats;
+    const auto* grad_v = reinterpret_cast<uint8_t*>(position.template head_rows<T>(params.grad_v));
+    const RowStats* place = row_stats_in(grad_v, params.grad_v.stride_l * kElementBytes,
+                                         head_dim * kElementBytes / sizeof(RowStats), position.l);
+    *const_cast<RowStats*>(place) = stats;
   }
 }
 

@@ -12,8 +12,6 @@
 // runs groups of heads one after the other, so that the workspace stays bounded.
 #pragma once
 
-#include <type_traits>
-
 #include "chunked_attention.h"
 
 namespace reformer::kernels {
@@ -63,14 +61,12 @@ struct alignas(16) RowStats {
   float is_padding;  // 1 for padding, else 0
 };
 
-// The tiled kernels find a head's RowStats in its rows of grad_v, `per_row` of them in each:
-// reduce, which writes the gradients there, comes after. Their workspace is for partial gradients
-// alone.
-template <typename Byte>
-__device__ __forceinline__ auto* row_stats_in(Byte* grad_v, int64_t row_bytes, uint32_t per_row,
-                                              uint32_t position) {
-  using Stats = std::conditional_t<std::is_const_v<Byte>, const RowStats, RowStats>;
-  return reinterpret_cast<Stats*>(grad_v + position / per_row * row_bytes) + position % per_row;
+// Where the tiled kernels find a position's RowStats: in the head's rows of grad_v, `per_row` in
+// each, so that their workspace is for partial gradients alone. Reduce writes the gradients there.
+__device__ __forceinline__ const RowStats* row_stats_in(const uint8_t* grad_v, int64_t row_bytes,
+                                                        uint32_t per_row, uint32_t position) {
+  return reinterpret_cast<const RowStats*>(grad_v + position / per_row * row_bytes) +
+         position % per_row;
 }
 
 struct BackwardStage {
