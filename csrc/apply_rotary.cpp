@@ -38,12 +38,17 @@ void check_apply_rotary(const at::Tensor& x, const at::Tensor& cos, const at::Te
   check_rotary_factors(op, cos, sin, x, x.sym_size(-4), x.sym_size(-2), x.sym_size(-1));
 }
 
+void turn_heads_composite(const at::Tensor& from, const at::Tensor& to, const at::Tensor& cos,
+                          const at::Tensor& sin) {
+  const at::Tensor partners = from.roll(from.size(-1) / 2, -1);
+  to.copy_((from * cos).addcmul_(partners, sin));
+}
+
 at::Tensor apply_rotary_composite(const at::Tensor& x, const at::Tensor& cos,
                                   const at::Tensor& sin) {
   check_apply_rotary(x, cos, sin);
-  const at::Tensor partners = x.roll(x.size(-1) / 2, -1);
-  at::Tensor out = at::empty_like(x);
-  out.copy_((x * cos).addcmul_(partners, sin));
+  const at::Tensor out = at::empty_like(x);
+  turn_heads_composite(x, out, cos, sin);
   return out;
 }
 

@@ -19,6 +19,10 @@ void check_rotary_factors(const char* op, const at::Tensor& cos, const at::Tenso
 at::Tensor apply_rotary_composite(const at::Tensor& x, const at::Tensor& cos,
                                   const at::Tensor& sin);
 
+// The same, written to `to`.
+void turn_heads_composite(const at::Tensor& from, const at::Tensor& to, const at::Tensor& cos,
+                          const at::Tensor& sin);
+
 // On CUDA: writes the heads [B, H, L, D] of `from`, the first `turned` of them turned, to `to`.
 // False, and nothing is written, where the kernel does not take them.
 bool turn_heads_cuda(const std::vector<at::Tensor>& from, const std::vector<at::Tensor>& to,

@@ -85,10 +85,10 @@ std::vector<at::Tensor> split_heads_composite(const at::Tensor& x, int64_t parts
   check_split_heads(x, parts, cos, sin);
   std::vector<at::Tensor> out = heads_like(x, parts, cos);
   const at::Tensor heads = view_as_heads(x, parts, cos);
-  for (int64_t part = 0; part < parts; ++part) {
-    const at::Tensor given = heads[part];
-    out[part].copy_(part < parts - 1 ? apply_rotary_composite(given, cos, sin) : given);
+  for (int64_t part = 0; part < parts - 1; ++part) {
+    turn_heads_composite(heads[part], out[part], cos, sin);
   }
+  out.back().copy_(heads[-1]);
   return out;
 }
 
@@ -98,8 +98,8 @@ at::Tensor merge_heads_composite(const at::Tensor& q, const std::optional<at::Te
   check_merge_heads(q, k, v, cos, sin);
   at::Tensor out = projection_like(v, parts_of(k));
   const at::Tensor heads = view_as_heads(out, parts_of(k), cos);
-  heads[0].copy_(apply_rotary_composite(q, cos, sin));
-  if (k.has_value()) heads[1].copy_(apply_rotary_composite(*k, cos, sin));
+  turn_heads_composite(q, heads[0], cos, sin);
+  if (k.has_value()) turn_heads_composite(*k, heads[1], cos, sin);
   heads[-1].copy_(v);
   return out;
 }
