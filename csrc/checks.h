@@ -69,6 +69,14 @@ inline void check_device(const char* op, const char* name, const at::Tensor& x,
                  ", got ", x.device());
 }
 
+// x of the shape, dtype and device of another, which `reason` names: "like q".
+inline void check_like(const char* op, const char* name, const at::Tensor& x,
+                       const at::Tensor& like, const char* reason) {
+  check_shape(op, name, x, like.sym_sizes(), reason);
+  check_dtype(op, name, x, like.scalar_type());
+  check_device(op, name, x, like);
+}
+
 // x [B, H, L, D] of a floating dtype, with L and H at least 1 and 1 <= D <= 256.
 inline void check_heads(const char* op, const char* name, const at::Tensor& x) {
   check_rank(op, name, x, 4, "[B, H, L, D]");

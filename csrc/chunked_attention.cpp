@@ -60,13 +60,8 @@ ChunkedAttentionArgs check_chunked_attention(
                    ": expected q with a head dimension that is a multiple of 8 on CUDA, got ",
                    q.sym_sizes());
   }
-  const auto check_like_q = [&](const char* name, const at::Tensor& x) {
-    check_shape(kOp, name, x, q.sym_sizes(), "like q");
-    check_dtype(kOp, name, x, q.scalar_type());
-    check_device(kOp, name, x, q);
-  };
-  if (k.has_value()) check_like_q("k", *k);
-  check_like_q("v", v);
+  if (k.has_value()) check_like(kOp, "k", *k, q, "like q");
+  check_like(kOp, "v", v, q, "like q");
 
   c10::SymInt rounds = 1;
   if (order.has_value()) {

@@ -74,11 +74,7 @@ void check_lsh_decode(const at::Tensor& q, const at::Tensor& keys, const at::Ten
                       const std::optional<at::Tensor>& own_values, std::optional<double> scale) {
   constexpr const char* op = "lsh_decode";
   check_cache(op, keys, values, table, counts, "q", q, buckets);
-  if (own_values.has_value()) {
-    check_shape(op, "own_values", *own_values, q.sym_sizes(), "like q");
-    check_dtype(op, "own_values", *own_values, q.scalar_type());
-    check_device(op, "own_values", *own_values, q);
-  }
+  if (own_values.has_value()) check_like(op, "own_values", *own_values, q, "like q");
   REFORMER_CHECK(!scale.has_value() || std::isfinite(*scale), op, ": expected a finite scale, got ",
                  scale.value_or(0.0));
 }
@@ -89,9 +85,7 @@ void check_lsh_cache_append(const at::Tensor& keys, const at::Tensor& values,
                             const at::Tensor& lengths) {
   constexpr const char* op = "lsh_cache_append";
   check_cache(op, keys, values, table, counts, "k", k, buckets);
-  check_shape(op, "v", v, k.sym_sizes(), "like k");
-  check_dtype(op, "v", v, k.scalar_type());
-  check_device(op, "v", v, k);
+  check_like(op, "v", v, k, "like k");
   check_shape(op, "lengths", lengths, {k.sym_size(0)}, "(batch)");
   check_dtype(op, "lengths", lengths, at::kLong);
   check_device(op, "lengths", lengths, k);

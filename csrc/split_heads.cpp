@@ -48,13 +48,8 @@ void check_merge_heads(const at::Tensor& q, const std::optional<at::Tensor>& k, 
   constexpr const char* op = "merge_heads";
   check_rank(op, "q", q, 4, "[B, H, L, D]");
   check_float(op, "q", q);
-  const auto check_like_q = [&](const char* name, const at::Tensor& x) {
-    check_shape(op, name, x, q.sym_sizes(), "like q");
-    check_dtype(op, name, x, q.scalar_type());
-    check_device(op, name, x, q);
-  };
-  if (k.has_value()) check_like_q("k", *k);
-  check_like_q("v", v);
+  if (k.has_value()) check_like(op, "k", *k, q, "like q");
+  check_like(op, "v", v, q, "like q");
   const c10::SymInt head_dim = head_dim_of(op, cos);
   check_rotary_factors(op, cos, sin, q, q.sym_size(0), q.sym_size(2), head_dim);
   REFORMER_CHECK(q.sym_size(3) == head_dim, op, ": expected q with the head dimension ", head_dim,

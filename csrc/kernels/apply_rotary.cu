@@ -10,12 +10,6 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 
-template <typename T, int kWidthGiven = 16 / sizeof(T)>
-struct alignas(16) Vector {
-  static constexpr int kWidth = kWidthGiven;
-  T x[kWidth];
-};
-
 template <typename T>
 __device__ __forceinline__ T* row_of(const RotaryRows& rows, int64_t batch, int64_t head,
                                      int64_t token) {

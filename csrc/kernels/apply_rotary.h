@@ -15,7 +15,7 @@ struct RotaryRows {
   int64_t stride_b, stride_h, stride_l;
 };
 
-// All rows aligned to 16 bytes, D/2 elements of x a multiple of that.
+// All rows aligned to 16 bytes, D/2 elements of `from` a multiple of that.
 struct ApplyRotaryParams {
   RotaryRows from[3], to[3];  // of each part
   const float *cos, *sin;     // [B or 1, L, D], last dimension contiguous

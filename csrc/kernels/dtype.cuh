@@ -1,4 +1,4 @@
-// The element types that DType names.
+// The element types that DType names, and vectors of them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,6 +8,13 @@
 #include "dtype.h"
 
 namespace reformer::kernels {
+
+// Elements that are loaded and stored together, 16 bytes unless the width is given.
+template <typename T, int kWidthGiven = 16 / sizeof(T)>
+struct alignas(16) Vector {
+  static constexpr int kWidth = kWidthGiven;
+  T x[kWidth];
+};
 
 // launch(Element{}) for the dtype's element.
 template <typename Launch>

@@ -111,12 +111,6 @@ struct FirstSlots {
 };
 
 template <typename T>
-struct alignas(16) Vector {
-  static constexpr int kWidth = 16 / sizeof(T);
-  T x[kWidth];
-};
-
-template <typename T>
 __device__ __forceinline__ Vector<T> load_vector(const T* row, bool valid) {
   const uint4 bits = valid ? __ldg(reinterpret_cast<const uint4*>(row)) : make_uint4(0, 0, 0, 0);
   return *reinterpret_cast<const Vector<T>*>(&bits);
@@ -394,41 +388,40 @@ __device__ __forceinline__ bool has_room(int64_t position, int64_t capacity) {
   return position >= 0 && position < capacity;
 }
 
-constexpr int kRowLanes = 8;  // copy a row together, in pieces of 16 bytes
+constexpr int kRowLanes = 8;  // copy a row together
 
-// A lane's pieces of a row [D], D <= 256.
+// A lane's vectors of a row [D], D <= 256.
 template <typename T>
-struct RowPieces {
-  static constexpr int kWidth = 16 / sizeof(T), kPieces = 256 / (kWidth * kRowLanes);
-  struct alignas(16) Piece {
-    T x[kWidth];
-  };
-  Piece pieces[kPieces];
+struct RowShare {
+  static constexpr int kWidth = Vector<T>::kWidth, kVectors = 256 / (kWidth * kRowLanes);
+  Vector<T> vectors[kVectors];
 
-  // Calls body(piece, its first element).
+  // Calls body(vector, its first element's place).
   template <typename Body>
   __device__ __forceinline__ void for_each(int head_dim, Body body) {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       const int d = (i * kRowLanes + static_cast<int>(threadIdx.x) % kRowLanes) * kWidth;
-      if (d < head_dim) body(pieces[i], d);
+      if (d < head_dim) body(vectors[i], d);
     }
   }
   __device__ __forceinline__ void load(const T* row, int head_dim) {
-    for_each(head_dim,
-             [&](Piece& piece, int d) { piece = *reinterpret_cast<const Piece*>(row + d); });
+    for_each(head_dim, [&](Vector<T>& vector, int d) {
+      vector = *reinterpret_cast<const Vector<T>*>(row + d);
+    });
   }
   __device__ __forceinline__ void store(T* row, int head_dim) {
-    for_each(head_dim,
-             [&](const Piece& piece, int d) { *reinterpret_cast<Piece*>(row + d) = piece; });
+    for_each(head_dim, [&](const Vector<T>& vector, int d) {
+      *reinterpret_cast<Vector<T>*>(row + d) = vector;
+    });
   }
   // Brings the row to length one. All lanes of the warp take part.
   __device__ __forceinline__ void normalize(int head_dim) {
     float squares = 0;
-    for_each(head_dim, [&](const Piece& piece, int) {
+    for_each(head_dim, [&](const Vector<T>& vector, int) {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
-        const float x = to_float(piece.x[e]);
+        const float x = to_float(vector.x[e]);
         squares = fmaf(x, x, squares);
       }
     });
@@ -437,10 +430,10 @@ struct RowPieces {
       squares += __shfl_xor_sync(kAllLanes, squares, offset);
     }
     const float norm = fmaxf(sqrtf(squares), 1e-12f);
-    for_each(head_dim, [&](Piece& piece, int) {
+    for_each(head_dim, [&](Vector<T>& vector, int) {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
-        piece.x[e] = from_float<T>(to_float(piece.x[e]) / norm);
+        vector.x[e] = from_float<T>(to_float(vector.x[e]) / norm);
       }
     });
   }
@@ -494,7 +487,7 @@ __global__ __launch_bounds__(kAppendThreads) void append_kernel(
   const int64_t position = params.lengths[head / params.heads] + t;
   const bool kept = row < rows && has_room(position, params.capacity);
   const int head_dim = kept ? static_cast<int>(params.head_dim) : 0;
-  RowPieces<T> k, v;
+  RowShare<T> k, v;
   k.load(row_of<const T>(params.k, head, params.heads, t), head_dim);
   v.load(row_of<const T>(params.v, head, params.heads, t), head_dim);
   if (params.normalize) k.normalize(head_dim);
