@@ -1,7 +1,7 @@
 """Draws what a benchmark measured against the length, as .svg and .png.
 
-python -m benchmarks.plot benchmarks/results/h200_lsh_attention_bf16.json --out docs/speed_h200
-python -m benchmarks.plot benchmarks/results/models/h200_train{_peers,}.json --out docs/train_h200
+python -m benchmarks.plot --out docs/img/speed_h200 benchmarks/results/h200_lsh_attention_bf16.json
+python -m benchmarks.plot --out docs/img/train_h200 benchmarks/results/models/h200_train{_peers,}.j*
 
 Time and memory of forward and backward from ``benchmarks.ops``; tokens/s (or ms a token) and memory
 of whole models from ``benchmarks.models``, of several runs with the lengths and models of all.

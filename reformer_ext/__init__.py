@@ -25,7 +25,7 @@ from .ops import (
 )
 from .packed import chunked_attention_packed, lsh_attention_packed
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "__version__",

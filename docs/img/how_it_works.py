@@ -1,4 +1,4 @@
-"""Draws docs/how_it_works.svg, the README's figure: python docs/how_it_works.py"""
+"""Draws docs/img/how_it_works.svg, the README's figure: python docs/img/how_it_works.py"""
 
 from pathlib import Path
 
