@@ -1,4 +1,4 @@
-# `make demo`, `make test`, `make lint`: each builds what it needs in .venv first, and nothing twice.
+# `make demo`, `make test`, `make lint`, `make docs`: each builds what it needs in .venv first, and nothing twice.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +21,7 @@ else
     $(PIP) --retries 1 --extra-index-url $(PYTORCH_CPU_INDEX) $(TORCH) || $(PIP) $(CPU_TORCH)
 endif
 
-.PHONY: demo test lint kernel-tests sanitize spills clean FORCE
+.PHONY: demo test lint docs kernel-tests sanitize spills clean FORCE
 demo: $(VENV)/built
 	$(BIN)/reformer train --resume
 
@@ -34,6 +34,9 @@ lint: $(VENV)/built
 	find csrc examples -regex '.*\.\(cpp\|h\|cu\|cuh\)' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest reformer_ext._C
+
+docs: $(VENV)/docs # the site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The CUDA kernels without torch, on the GPU of this machine: against loops on the host, then small
 # cases under compute-sanitizer (whose racecheck stops at cluster launches, as the sort makes them).
@@ -88,4 +91,8 @@ $(VENV)/torch: FORCE
 $(VENV)/built: $(VENV)/torch setup.py pyproject.toml $(wildcard csrc/*.* csrc/kernels/*)
 	@echo "Building the extension (some minutes the first time)"
 	$(PIP) --no-build-isolation -e '.[demo,test]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/built
+	$(PIP) --no-build-isolation -e '.[docs]'
 	@touch $@
