@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -14,9 +15,13 @@ import torch
 from golden import GOLDEN, MODELS, TRAIN_OPTIONS, TRAINED_STEPS, answers
 from safetensors.torch import load_file
 
+from reformer_ext.checkpoint import load_checkpoint
 from reformer_ext.cli import main
 from reformer_ext.data import load_corpus
 from reformer_ext.generate import load_model
+from reformer_ext.nn import ReformerConfig, ReformerLM
+from reformer_ext.nn.formats import ABSENT, FORMAT
+from reformer_ext.nn.pretrained import config_from_fields
 from reformer_ext.train import evaluate
 
 
@@ -87,3 +92,86 @@ def test_training_goes_on_where_it_was(tmp_path: Path) -> None:
     for line, expected in zip(actual, expected_lines(), strict=True):
         for key, value in expected.items():
             assert line[key] == pytest.approx(value, rel=1e-5), (expected["step"], key)
+
+
+def test_every_field_says_what_its_absence_means() -> None:
+    """A new field of ReformerConfig goes into ABSENT, at the value of models that lack it."""
+    fields = {field.name for field in dataclasses.fields(ReformerConfig)}
+    assert set(ABSENT["ReformerConfig"]) == fields
+
+
+def test_a_missing_field_is_not_a_new_default(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "lm_rotary", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    kept = {name: fields[name] for name in ("architecture", *golden.TINY, "layers")}
+    path.write_text(json.dumps(kept))
+    check(ReformerLM.from_pretrained(tmp_path), GOLDEN / "lm_rotary")
+    assert dataclasses.asdict(config_from_fields(ReformerConfig, {})) == ABSENT["ReformerConfig"]
+
+
+def test_the_format_is_written(tmp_path: Path) -> None:
+    ReformerLM.from_pretrained(GOLDEN / "lm_rotary").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["format"] == FORMAT
+    assert load_checkpoint(GOLDEN / "trained" / "checkpoint.pt")["version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (FORMAT + 1, f"expected format at most {FORMAT}, got {FORMAT + 1}; a newer version wrote"),
+        (0, "expected format to be an integer >= 1, got 0"),
+        ("1", "expected format to be an integer >= 1, got '1'"),
+        (True, "expected format to be an integer >= 1, got True"),
+    ],
+)
+def test_other_formats_are_refused(
+    number: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(GOLDEN / "lm_rotary", folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": number, "wings": 2}))
+    with pytest.raises(ValueError, match="config.json: " + message):
+        ReformerLM.from_pretrained(folder)
+
+    checkpoint = tmp_path / "checkpoint.pt"
+    state = load_checkpoint(GOLDEN / "trained" / "checkpoint.pt")
+    torch.save({**state, "version": number}, checkpoint)
+    for command in (
+        ["generate", f"--checkpoint={checkpoint}"],
+        ["inspect", f"--checkpoint={checkpoint}"],
+        ["train", f"--out={tmp_path}", "--resume"],
+        ["generate", f"--checkpoint={folder}"],
+    ):
+        assert main([*command, "--device=cpu"]) == 1
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert printed.count("\n") == 1
+
+
+def test_flipped_bits_in_weights_are_noticed(tmp_path: Path) -> None:
+    ReformerLM.from_pretrained(GOLDEN / "lm_rotary").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    good = path.read_bytes()
+    start = 8 + int.from_bytes(good[:8], "little")
+    for at in range(start, len(good), (len(good) - start) // 20):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+        with pytest.raises(ValueError, match=r"model.safetensors: damaged: the weights are not"):
+            ReformerLM.from_pretrained(tmp_path)
+    path.write_bytes(good)
+    ReformerLM.from_pretrained(tmp_path)
+
+
+def test_flipped_bits_in_a_checkpoint_are_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = (GOLDEN / "trained" / "checkpoint.pt").read_bytes()
+    state = load_checkpoint(GOLDEN / "trained" / "checkpoint.pt")
+    path = tmp_path / "checkpoint.pt"
+    tensors = [*state["model"].values(), state["optimizers"][1]["state"][0]["exp_avg"]]
+    for tensor in tensors:
+        at = good.index(tensor.numpy().tobytes())
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        assert main(["generate", f"--checkpoint={path}", "--device=cpu"]) == 1
+        assert f"{path} is damaged: archive/data/" in capsys.readouterr().err

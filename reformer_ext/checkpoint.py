@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import stat
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
+from .nn import ReformerLM
+from .nn.formats import FORMAT, check_format
+from .nn.pretrained import restore_model
 
-_FORMAT = "reformer_ext.checkpoint"
-_VERSION = 1
+__all__ = ["CheckpointError", "load_checkpoint", "load_model", "model_of", "save_checkpoint"]
+
+_KIND = "reformer_ext.checkpoint"
 
 
 class CheckpointError(Exception):
@@ -27,7 +32,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": _FORMAT, "version": _VERSION, **state}, file)
+            torch.save({"format": _KIND, "version": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -46,23 +51,74 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """What :func:`save_checkpoint` wrote, with its tensors on the CPU. Runs no code from the file.
 
     Raises:
-        CheckpointError: no such file, truncated, or written by something else.
+        CheckpointError: no such file, no ordinary one, unreadable, truncated, damaged, written by
+            something else or by a newer version.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # A pipe would be waited for.
+        if stat.S_ISDIR(mode := os.stat(path).st_mode):
+            raise CheckpointError(f"checkpoint: expected {path} to be a file, got a folder")
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(f"checkpoint: expected {path} to be an ordinary file")
+        with open(path, "rb") as file:
+            state = _read(file)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: {path} does not exist") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"checkpoint: expected {path} to be a file, got a folder") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: cannot read {path}: {error.strerror}") from error
+    except _Damaged as error:
+        raise CheckpointError(f"checkpoint: {path} is damaged: {error}") from error
+    except CheckpointError:
+        raise
     except Exception as error:  # torch.load raises almost anything on a damaged file
-        size = path.stat().st_size if path.exists() else 0
         raise CheckpointError(
-            f"checkpoint: {path} ({size:,} bytes) is truncated or no checkpoint of reformer_ext"
+            f"checkpoint: {path} ({os.path.getsize(path):,} bytes) is truncated or no checkpoint "
+            "of reformer_ext"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+    if not isinstance(state, dict) or state.get("format") != _KIND:
         raise CheckpointError(f"checkpoint: {path} was not written by reformer_ext")
-    if state.get("version") != _VERSION:
-        raise CheckpointError(
-            f"checkpoint: {path}: expected version {_VERSION}, got {state.get('version')}"
-        )
+    try:
+        check_format(str(path), state.get("version"))
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint: {error}") from None
     return state
+
+
+class _Damaged(Exception):
+    """Its archive is whole, and its contents are not what was written."""
+
+
+def _read(file: Any) -> object:
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()  # torch.load does not compare the sums
+    if damaged is not None:
+        raise _Damaged(f"{damaged} is not what was written")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def model_of(state: dict[str, Any], path: Path) -> ReformerLM:
+    """The model of a loaded checkpoint, on the CPU in training mode.
+
+    Raises:
+        CheckpointError: the state makes no model.
+    """
+    try:
+        return restore_model(ReformerLM, state.get("config"), state.get("model"), "config", "model")
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint: {path} does not fit this version: {error}") from error
+
+
+def load_model(path: Path, device: torch.device) -> ReformerLM:
+    """A trained model in evaluation mode: of a checkpoint of ``reformer train``, or of a folder of
+    :meth:`ReformerLM.save_pretrained <reformer_ext.nn.pretrained.PretrainedModel.save_pretrained>`.
+
+    Raises:
+        CheckpointError: no such file, truncated, damaged, or written by something else.
+    """
+    if path.is_dir():
+        try:
+            return ReformerLM.from_pretrained(path, device=device)
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"checkpoint: {error}") from error
+    return model_of(load_checkpoint(path), path).to(device).eval()

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import CheckpointError, load_checkpoint
-from .nn import DecodingCache, ReformerConfig, ReformerEncoderDecoder, ReformerLM
+from .checkpoint import load_model
+from .nn import DecodingCache, ReformerEncoderDecoder, ReformerLM
 from .ops import default_n_buckets
 
 __all__ = [
@@ -62,21 +61,6 @@ def _expect(name: str, value: object, condition: bool, expected: str) -> None:
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
     """bfloat16 on a GPU; float32 stays float32 on the CPU, where not all have bfloat16 units."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def load_model(path: Path, device: torch.device) -> ReformerLM:
-    """The model of a checkpoint of ``reformer train``, in evaluation mode.
-
-    Raises:
-        CheckpointError: no such file, truncated, or written by something else.
-    """
-    state = load_checkpoint(path)
-    try:
-        model = ReformerLM(ReformerConfig(**state["config"]))
-        model.load_state_dict(state["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint: {path} does not fit this version: {error}") from error
-    return model.to(device).eval()
 
 
 def generate(

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, model_of, save_checkpoint
 from .data import Corpus, load_corpus, sample_batch, step_seed
 from .generate import autocast, generate
 from .nn import ReformerConfig, ReformerLM
@@ -106,7 +106,6 @@ def default_recipe(device: torch.device) -> tuple[dict[str, Any], dict[str, Any]
 class _Run:
     """The state of a run: all that a checkpoint holds."""
 
-    config: ReformerConfig
     recipe: Recipe
     paths: list[str]
     corpus: Corpus
@@ -120,7 +119,7 @@ class _Run:
         save_checkpoint(
             path,
             {
-                "config": dataclasses.asdict(self.config),
+                "config": dataclasses.asdict(self.model.config),
                 "recipe": dataclasses.asdict(self.recipe),
                 "paths": self.paths,
                 "corpus": self.corpus.fingerprint,
@@ -176,7 +175,7 @@ def train(
     recipe, model = run.recipe, run.model
     print(run.corpus.describe(), flush=True)
     print(
-        f"{' '.join(run.config.layers)}, dim {run.config.dim}, "
+        f"{' '.join(run.model.config.layers)}, dim {run.model.config.dim}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters, on {_name(device)}; "
         f"{recipe.steps:,} steps of {recipe.batch} x {recipe.context:,} bytes",
         flush=True,  # before the progress on the standard error
@@ -274,7 +273,9 @@ def _start(paths: Sequence[Path], options: dict[str, Any], device: torch.device)
     config = ReformerConfig(**{"max_length": recipe.context, **config_fields})
     corpus = load_corpus(paths)
     _check_sizes(corpus, recipe)
-    return _build(config, recipe, [str(path.absolute()) for path in paths], corpus, device)
+    torch.manual_seed(step_seed(recipe.seed, -1))
+    model = ReformerLM(config)
+    return _build(model, recipe, [str(path.absolute()) for path in paths], corpus, device)
 
 
 def _restore(
@@ -282,7 +283,7 @@ def _restore(
 ) -> _Run:
     state = load_checkpoint(checkpoint)
     try:
-        config = ReformerConfig(**state["config"])
+        model = model_of(state, checkpoint)
         recipe = Recipe(**state["recipe"])
         stored = {**state["config"], **state["recipe"]}
         for name, value in options.items():
@@ -297,8 +298,7 @@ def _restore(
                 f"train: the files ({corpus.name}) are not those that {checkpoint} was trained on; "
                 "start another run"
             )
-        run = _build(config, recipe, state["paths"], corpus, device)
-        run.model.load_state_dict(state["model"])
+        run = _build(model, recipe, state["paths"], corpus, device)
         for optimizer, optimizer_state in zip(run.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         run.step, run.seconds, run.history = state["step"], state["seconds"], state["history"]
@@ -310,13 +310,11 @@ def _restore(
 
 
 def _build(
-    config: ReformerConfig, recipe: Recipe, paths: list[str], corpus: Corpus, device: torch.device
+    model: ReformerLM, recipe: Recipe, paths: list[str], corpus: Corpus, device: torch.device
 ) -> _Run:
-    torch.manual_seed(step_seed(recipe.seed, -1))
-    model = ReformerLM(config).to(device).train()
+    model = model.to(device).train()
     matrices, others = split_parameters(model, model.head)
     return _Run(
-        config=config,
         recipe=recipe,
         paths=paths,
         corpus=corpus,

@@ -1,22 +1,32 @@
-"""Models in a folder: ``config.json`` and ``model.safetensors``."""
+"""Models in a folder: ``config.json`` and ``model.safetensors``; the loader of all files."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
-__all__ = ["PretrainedModel", "config_from_fields"]
+from .formats import ABSENT, FORMAT, check_format
+
+__all__ = ["PretrainedModel", "config_from_fields", "restore_model"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+_DIGEST = "reformer_ext.sha256"  # in the metadata of the weights; tools that rewrite them drop it
+
+# What a constructor may raise for values that come from a file.
+_FIELD_ERRORS = (
+    *(TypeError, ValueError, AttributeError, KeyError, ArithmeticError),
+    *(RuntimeError, MemoryError, RecursionError),
+)
 
 
 class PretrainedModel(nn.Module):
@@ -49,17 +59,17 @@ class PretrainedModel(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes ``config.json`` and ``model.safetensors``; each replaces its old version at
-        once."""
+        once. The weights carry a digest, which :meth:`from_pretrained` checks."""
         from safetensors.torch import save_file
 
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"architecture": type(self).__name__, **self._fields()}
+        config = {"architecture": type(self).__name__, "format": FORMAT, **self._fields()}
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         partial = folder / f"{CONFIG_FILE}.{os.getpid()}.partial"
-        partial.write_text(json.dumps(config, indent=2) + "\n")
+        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         partial_weights = folder / f"{WEIGHTS_FILE}.{os.getpid()}.partial"
-        save_file(weights, partial_weights, metadata={"format": "pt"})
+        save_file(weights, partial_weights, metadata={"format": "pt", _DIGEST: _digest(weights)})
         os.replace(partial_weights, folder / WEIGHTS_FILE)
         os.replace(partial, folder / CONFIG_FILE)
 
@@ -71,44 +81,118 @@ class PretrainedModel(nn.Module):
 
         Raises:
             FileNotFoundError: one of the two files is missing.
-            ValueError: a file is truncated or of something else; says which and why.
+            ValueError: a file is truncated, damaged, of something else or of a newer version; says
+                which and why.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         config_path, weights_path = Path(directory) / CONFIG_FILE, Path(directory) / WEIGHTS_FILE
         for path in (config_path, weights_path):
             if not path.is_file():
                 raise FileNotFoundError(f"{cls.__name__}.from_pretrained: no such file: {path}")
         try:
-            fields = json.loads(config_path.read_text())
-        except ValueError as error:
+            fields = json.loads(config_path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{config_path}: expected JSON, got {error}") from error
-        architecture = fields.pop("architecture", None) if isinstance(fields, dict) else None
+        if not isinstance(fields, dict):
+            fields = {}
+        check_format(str(config_path), fields.pop("format", 1))
+        architecture = fields.pop("architecture", None)
         if architecture != cls.__name__:
             raise ValueError(
                 f"{config_path}: expected architecture {cls.__name__}, got {architecture}"
             )
-        try:
-            model = cls._from_fields(fields)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{config_path}: {error}") from error
-        try:
-            weights = load_file(weights_path)
-        except SafetensorError as error:
-            raise ValueError(f"{weights_path}: expected safetensors, got {error}") from error
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{weights_path}: not the weights of {config_path}: {error}"
-            ) from error
+        weights = _read_weights(weights_path)
+        model = restore_model(cls, fields, weights, str(config_path), str(weights_path))
         return model.to(device).eval()
 
 
+_Model = TypeVar("_Model", bound=PretrainedModel)
+
+
+def restore_model(
+    model_class: type[_Model],
+    fields: object,
+    weights: object,
+    fields_source: str,
+    weights_source: str,
+) -> _Model:
+    """The model of a file: every loader ends here.
+
+    Args:
+        model_class: of the model.
+        fields: what the file says of it, without format and architecture.
+        weights: its state dict.
+        fields_source, weights_source: the files, for the messages.
+
+    Returns:
+        the model on the CPU, in training mode.
+
+    Raises:
+        ValueError: fields that make no model, or weights of another; nothing large has been
+            allocated by then.
+    """
+    if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
+        raise ValueError(f"{fields_source}: expected named fields, got {type(fields).__name__}")
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    ):
+        raise ValueError(f"{weights_source}: expected named tensors, got something else")
+    try:
+        with torch.device("meta"):  # a size from a damaged file may be any number
+            outline = model_class._from_fields(fields)
+    except _FIELD_ERRORS as error:
+        raise ValueError(f"{fields_source}: {first_line(error)}") from error
+    try:
+        outline.load_state_dict({name: tensor.to("meta") for name, tensor in weights.items()})
+    except RuntimeError as error:
+        raise ValueError(
+            f"{weights_source}: not the weights of {fields_source}: {one_line(error)}"
+        ) from error
+    del outline
+    model = model_class._from_fields(fields)
+    model.load_state_dict(weights)
+    return model
+
+
 def config_from_fields(config_class: type[Any], fields: Mapping[str, Any]) -> Any:
-    """A ``config_class`` from JSON. Raises ValueError for a field that it has not."""
+    """A ``config_class`` from JSON. A field that is not there has the value that files mean by its
+    absence, :data:`reformer_ext.nn.formats.ABSENT`, not today's default. Raises ValueError for a
+    field that the class has not."""
     known = {field.name for field in dataclasses.fields(config_class)}
     if not set(fields) <= known:
         raise ValueError(f"unknown fields {sorted(set(fields) - known)}")
-    return config_class(**fields)
+    return config_class(**{**ABSENT.get(config_class.__name__, {}), **fields})
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, or its kind if it says nothing; without the trace that torch adds."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, its lines joined."""
+    return " ".join(str(error).split())
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Raises ValueError for a file that is not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            expected = (file.metadata() or {}).get(_DIGEST)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected safetensors, got {error}") from error
+    if expected is not None and _digest(weights) != expected:
+        raise ValueError(f"{path}: damaged: the weights are not those that were written")
+    return weights
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors, their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
