@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from skips import *  # noqa: F403 hooks
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
 
@@ -27,6 +28,16 @@ def device_dtypes(cpu: tuple = CPU_DTYPES, cuda: tuple = CUDA_DTYPES) -> list:
     names = {dtype: str(dtype).removeprefix("torch.") for dtype in {*cpu, *cuda}}
     return [pytest.param("cpu", dtype, id=f"cpu-{names[dtype]}") for dtype in cpu] + [
         gpu("cuda", dtype, id=f"cuda-{names[dtype]}") for dtype in cuda
+    ]
+
+
+def everywhere(cases: list) -> list:
+    """Parameters ``(device, dtype, case)``: on CUDA without the head dimensions it refuses."""
+    return [
+        pytest.param(*where.values, case, id=f"{where.id}-{case}", marks=where.marks)
+        for where in device_dtypes()
+        for case in cases
+        if where.values[0] == "cpu" or case.runs_on_cuda
     ]
 
 

@@ -47,7 +47,8 @@ SCHEMAS = {
     ),
     "lsh_cache_append": (
         "reformer::lsh_cache_append(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) table, "
-        "Tensor(d!) counts, Tensor k, Tensor v, Tensor buckets, Tensor lengths) -> ()"
+        "Tensor(d!) counts, Tensor k, Tensor v, Tensor buckets, Tensor lengths, *, "
+        "bool normalize=False) -> ()"
     ),
     "merge_attention": (
         "reformer::merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)"
@@ -60,6 +61,7 @@ def test_schema_accepts_what_it_did(name: str) -> None:
     frozen = torch._C.parse_schema(SCHEMAS[name])
     schema = getattr(torch.ops.reformer, name).default._schema
     assert schema.is_backward_compatible_with(frozen), str(schema)
+    assert str(schema) == str(frozen), "what is new becomes part of the contract here"
     assert schema.is_mutable == (name == "lsh_cache_append")
     assert name.endswith("_backward") or hasattr(reformer_ext, name)
 
