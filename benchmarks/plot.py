@@ -158,6 +158,11 @@ def draw_panels(
         axis.set_xlabel("sequence length")
         axis.set_title(title, loc="left", fontsize=11)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        low, high = axis.get_ylim()
+        few = high < 100 * low  # powers of ten: then 2 and 5 times these have labels too
+        axis.yaxis.set_minor_formatter(
+            lambda value, _, few=few: f"{value:,.10g}" if few and f"{value:e}"[0] in "25" else ""
+        )
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TOGETHER = "\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}"
 FORWARD, BOTH = "forward", "forward+backward"
 CUDNN, FLASH, SDPA = "sdpa cudnn: ", "sdpa flash: ", "sdpa: "
 TRANSFORMERS, REFORMER_PYTORCH = "transformers (with projections): ", "reformer_pytorch: "
@@ -31,7 +32,7 @@ def load(name: str) -> Report:
 
 
 def number(value: float) -> str:
-    """With three digits that count, or all of those before the point."""
+    """In at least three figures, of small numbers to a thousandth."""
     if value >= 100:
         return f"{value:,.0f}"
     digits = 1 if value >= 10 else 2 if value >= 1 else 3
@@ -43,13 +44,13 @@ def pair(entry: Row, prefix: str = "", key: str = "ms") -> str:
     rows = [entry["results"].get(prefix + mode, {}) for mode in (FORWARD, BOTH)]
     if any(key not in row for row in rows):
         return ""
-    return " / ".join(number(row[key]) for row in rows)
+    return TOGETHER.join(number(row[key]) for row in rows)
 
 
 def memory(entry: Row, prefixes: Sequence[str] = ("",)) -> str:
     """MiB of forward and backward beyond the inputs."""
     rows = [entry["results"].get(prefix + BOTH, {}) for prefix in prefixes]
-    return " / ".join(f"{row['memory_mib']:,.0f}" for row in rows if "memory_mib" in row)
+    return TOGETHER.join(f"{row['memory_mib']:,.0f}" for row in rows if "memory_mib" in row)
 
 
 def bold(text: str) -> str:
@@ -105,7 +106,7 @@ def lengths() -> Iterator[str]:
             f"{entry['length']:,}",
             bold(pair(entry)),
             *(pair(entry, prefix) for prefix in (CUDNN, FLASH, TRANSFORMERS)),
-            " / ".join(ratios),
+            TOGETHER.join(ratios),
             memory(entry, ("", TRANSFORMERS)),
         ]
 
@@ -148,7 +149,7 @@ def variants() -> Iterator[str]:
             number(entry["results"][prefix + mode]["ms"] / unit["results"][mode]["ms"])
             for mode in (FORWARD, BOTH)
         ]
-        return [label, pair(entry, prefix), " / ".join(ratios), memory(entry, (prefix,))]
+        return [label, pair(entry, prefix), TOGETHER.join(ratios), memory(entry, (prefix,))]
 
     head = ("65,536 positions", "ms", "times plain", "memory, MiB")
     yield from table(head, (row(*line) for line in lines))
@@ -249,7 +250,7 @@ MODELS = {
 
 
 def models(names: Sequence[str], cell: Callable[[Row], str], head: str = "tokens") -> Iterator[str]:
-    """Whole models: a row by length, a column by model; later reports go before earlier ones."""
+    """Whole models: a row by length, a column by model; of two rows the later report's."""
     lengths: dict[int, dict[str, Row]] = {}
     for name in names:
         for length, rows in load(name)["lengths"].items():

@@ -12,6 +12,7 @@ import torch
 from pages import PAGES, ROOT, blocks, small_python, title
 
 import reformer_ext
+import reformer_ext.nn
 from benchmarks import tables
 from reformer_ext import cli
 
@@ -107,6 +108,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         path = page.parent / name if name else page
         assert path.exists(), target
         assert not anchor or anchor in anchors(path), target
+
+
+def test_api_pages_list_the_modules() -> None:
+    pages = [(ROOT / "docs" / "api" / name).read_text() for name in ("attention.md", "models.md")]
+    listed = re.findall(r"^        - (\w+)$", "\n".join(pages), re.MULTILINE)
+    assert sorted(listed) == sorted(reformer_ext.nn.__all__)
 
 
 def test_versions_agree() -> None:
