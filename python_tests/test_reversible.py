@@ -7,10 +7,12 @@ reformer-pytorch (RP).
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from torch.utils._pytree import tree_iter
 
 from reformer_ext import ops
 from reformer_ext.nn import Reformer, ReformerConfig, ReformerLM, ReversibleStack
+from reformer_ext.nn.reversible import ReversibleBlock
 
 DIM = 16
 
@@ -492,18 +495,311 @@ def test_backward_with_other_parameters_is_refused(how: str) -> None:
         y.sum().backward()
 
 
-def test_shared_modules_accumulate() -> None:
-    """One module at several depths: RP's bucket cache, keyed by depth, would mix them up."""
+def test_a_shared_layer_has_buckets_of_each_call() -> None:
+    """RP's bucket cache, keyed by depth, would mix them up."""
     x = torch.randn(2, 30, DIM, dtype=torch.float64)
     kwargs = [{"hash_step": step, "return_buckets": True} for step in range(3)]
     results = []
     for reversible in (True, False):
         torch.manual_seed(3)
-        model = reformers(layers=("lsh", "lsh"))[0]
-        block = model.layers.blocks[0]
-        stack = ReversibleStack([(block.f, block.g)] * 3, reversible=reversible).double()
+        block = reformers(layers=("lsh", "lsh"))[0].layers.blocks[0]
+        pairs = [(block.f, block.g)]
+        stack = ReversibleStack(pairs, schedule=[0] * 3, reversible=reversible).double()
         results.append(gradients(stack, lambda stack: sum(stack(x, f_kwargs=kwargs))))
     assert_same(*results, 1e-10)
+
+
+class Shifted(Mlp):
+    """An F with an argument of its own for each call."""
+
+    def forward(self, x: Tensor, shift: float = 0.0) -> Tensor:
+        return super().forward(x + shift)
+
+
+def written_out(
+    calls: Sequence[ReversibleBlock], shifts: Sequence[float], x1: Tensor, x2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The network by its formula, one block after the other."""
+    for block, shift in zip(calls, shifts, strict=True):
+        x1 = x1 + block.f(x2, shift=shift)
+        x2 = x2 + block.g(x1)
+    return x1, x2
+
+
+def stream_gradients(
+    model: nn.Module, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], length: int = 9
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """:func:`gradients`, with those of both input streams."""
+    x1 = torch.linspace(-1, 1, 2 * length * DIM, dtype=torch.float64).view(2, length, DIM)
+    x2 = x1.cos()
+    x1.requires_grad_(), x2.requires_grad_()
+
+    def both(_: nn.Module) -> Tensor:
+        y1, y2 = run(x1, x2)
+        return torch.stack([y1, 2 * y2])
+
+    out, found = gradients(model, both)
+    return out, {**found, "x1": x1.grad, "x2": x2.grad}
+
+
+SCHEDULES = [[0] * 12, [0, 1, 0, 1, 0, 1], [0, 0, 0, 1, 1, 1], (1, 0, 1, 1)]
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_a_schedule_is_the_stack_written_out(schedule: Sequence[int], reversible: bool) -> None:
+    """With tied modules: ALBERT's layers, or the Universal Transformer's."""
+    pairs = [(Shifted(0.2), Mlp(0.2, 4)) for _ in range(max(schedule) + 1)]
+    stack = ReversibleStack(pairs, schedule=schedule, reversible=reversible).double()
+    tied = copy.deepcopy(stack)
+    shifts = [0.1 * index for index in range(len(schedule))]
+    f_kwargs = [{"shift": shift} for shift in shifts]
+    found = [
+        stream_gradients(stack, lambda x1, x2: stack(x1, x2, f_kwargs)),
+        stream_gradients(
+            tied, lambda x1, x2: written_out([tied.blocks[i] for i in schedule], shifts, x1, x2)
+        ),
+    ]
+    assert all(grad.abs().max() > 0 for grad in found[1][1].values())
+    assert_same(*found, 1e-10)
+
+
+def test_a_scheduled_block_has_one_owner() -> None:
+    """One name in the state dict, one input of the graph a parameter, whatever the calls."""
+    once, often = (
+        ReversibleStack([(Mlp(), Mlp()), (Mlp(), Mlp())], schedule=schedule)
+        for schedule in (None, [0, 1] * 5)
+    )
+    assert list(often.state_dict()) == list(once.state_dict())
+    often.load_state_dict(once.state_dict())
+    y1, _ = often(torch.randn(1, 3, DIM))
+    edges = [node.variable for node, _ in y1.grad_fn.next_functions if node is not None]
+    assert list(map(id, edges)) == list(map(id, often.parameters()))
+
+
+def test_memory_does_not_grow_with_calls() -> None:
+    x = torch.randn(2, 64, DIM, requires_grad=True)
+    saved, peaks = [], []
+    for n_calls in (2, 24):
+        stack = ReversibleStack([(Mlp(), Mlp())], schedule=[0] * n_calls, preserve_rng_state=False)
+        with saved_bytes(stack) as sizes:
+            stack(x)
+        saved.append(sum(sizes))
+        with LiveBytes() as live:
+            sum(stack(x)).sum().backward()
+        peaks.append(live.peak)
+    assert saved == [2 * x.nbytes] * 2
+    assert peaks[0] == peaks[1]
+
+
+def test_a_schedule_may_be_set_anew() -> None:
+    stack = ReversibleStack([(Mlp(), Mlp()), (Mlp(), Mlp())]).double()
+    assert list(stack.schedule) == [0, 1]
+    x = torch.randn(1, 3, DIM, dtype=torch.float64)
+    expected = gradients(stack, mean_stream(x))
+    y = mean_stream(x)(stack)
+    stack.schedule = [1]
+    stack.zero_grad()
+    y.square().sum().backward()  # of the schedule of its forward
+    assert_same((y, {name: p.grad for name, p in stack.named_parameters()}), expected, 1e-12)
+    _, found = gradients(stack, mean_stream(x))
+    assert all((grad is None) == name.startswith("blocks.0.") for name, grad in found.items())
+    stack.schedule = None
+    assert list(stack.schedule) == [0, 1]
+    stack.schedule = []
+    assert torch.equal(stack(x)[0], x)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ([0, 2], "schedule of indices of 2 blocks, got 2"),
+        ([-1], "schedule of indices of 2 blocks, got -1"),
+        ([True], "schedule of indices of 2 blocks, got True"),
+        ([0, 1.0], "schedule of indices of 2 blocks, got 1.0"),
+        ("01", "schedule of indices of 2 blocks, got '0'"),
+        (2, "schedule to be a sequence of block indices, got 2"),
+        ({0, 1}, "schedule to be a sequence of block indices, got {0, 1}"),
+    ],
+    ids=str,
+)
+def test_bad_schedules(schedule: object, message: str) -> None:
+    blocks = [(Mlp(), Mlp()), (Mlp(), Mlp())]
+    whole = f"^{re.escape(f'ReversibleStack: expected {message}')}$"
+    with pytest.raises(ValueError, match=whole):
+        ReversibleStack(blocks, schedule=schedule)
+    stack = ReversibleStack(blocks)
+    with pytest.raises(ValueError, match=whole):
+        stack.schedule = schedule
+    assert list(stack.schedule) == [0, 1]
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_blocks_without_f_or_g(reversible: bool) -> None:
+    """Sublayers alternate between the streams, so that each sees the one before it."""
+    pairs = [(Mlp(), None), (Mlp(), None), (Mlp(), Mlp()), (None, Mlp()), (Mlp(), None)]
+    schedule = [0, 1, 0, 2, 3, 4]
+    stack = ReversibleStack(pairs, schedule=schedule, reversible=reversible).double()
+    assert {name.split(".")[2] for name in stack.state_dict() if ".3." in name} == {"g"}
+    tied = copy.deepcopy(stack)
+
+    def alternate(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, c, d, e = tied.blocks
+        for odd, even in [(a.f, b.f), (a.f, c.f), (c.g, d.g)]:
+            x1 = x1 + odd(x2)
+            x2 = x2 + even(x1)
+        return x1 + e.f(x2), x2
+
+    assert_same(stream_gradients(stack, stack), stream_gradients(tied, alternate), 1e-10)
+
+    message = "ReversibleBlock: expected F or G to be a module, got None for both"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ReversibleStack([(Mlp(), Mlp()), (None, None)])
+    message = "expected no f_kwargs for call 4, of a block without F, got ['shift']"
+    with pytest.raises(ValueError, match=f"^ReversibleStack: {re.escape(message)}$"):
+        stack(torch.zeros(1, 2, DIM).double(), f_kwargs=[{}, {}, {}, {}, {"shift": 1.0}, {}])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reversible", [True, False])
+def test_taps(reversible: bool, dtype: torch.dtype) -> None:
+    """What F reads, by call; the recomputation hands out nothing, and a tap may draw numbers."""
+    pairs = [(Shifted(0.3), Mlp(0.3)), (Shifted(0.3), None)]
+    stack = ReversibleStack(pairs, schedule=[0, 1, 0], reversible=reversible).to(dtype)
+    read: list[Tensor] = []
+    for block in stack.blocks:
+        block.f.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0].detach()))
+    taps: list[tuple[int, Tensor]] = []
+    x = torch.randn(2, 7, DIM, dtype=dtype, requires_grad=True)
+    expected = gradients(stack, lambda stack: sum(stack(x)))
+    read.clear()
+    got = gradients(stack, lambda stack: sum(stack(x, tap=lambda *tap: taps.append(tap))))
+    assert_same(got, expected, 0.0)
+    assert [index for index, _ in taps] == [0, 1, 2]
+    for (_, tapped), inner in zip(taps, read[:3], strict=True):
+        assert tapped.dtype == dtype
+        assert not tapped.requires_grad
+        assert torch.equal(tapped, inner)
+    assert torch.equal(taps[0][1], x)
+    assert not torch.equal(taps[1][1], taps[2][1])
+
+    with torch.no_grad():
+        stack(x, tap=lambda *tap: taps.append(tap))
+    assert [index for index, _ in taps] == [0, 1, 2] * 2
+
+
+def test_a_tap_that_draws_numbers() -> None:
+    found = []
+    for stack in mlp_stacks(3, dropout=0.3):
+        x = torch.randn(1, 5, DIM, dtype=torch.float64)
+
+        def run(stack: nn.Module, x: Tensor = x) -> Tensor:
+            return sum(stack.double()(x, tap=lambda _index, _x: torch.rand(3)))
+
+        torch.manual_seed(0)
+        x.copy_(torch.randn(1, 5, DIM, dtype=torch.float64))
+        found.append(gradients(stack, run))
+    assert_same(*found, 1e-12)
+
+
+def hooked_stacks(case: str) -> list[ReversibleStack]:
+    """The same network reversible and plain, in the ways that parameters come."""
+    pairs: list[tuple[nn.Module, nn.Module]] = [(Mlp(), Mlp(0.0, 4)), (Mlp(), Mlp())]
+    schedule = [0, 1, 0] if case == "scheduled" else None
+    if case == "tied":
+        pairs[1][0].up.weight = pairs[0][1].up.weight
+    elif case == "parametrised":
+        nn.utils.parametrizations.weight_norm(pairs[0][0].up)
+    elif case == "frozen":
+        pairs[0][1].requires_grad_(False)
+    elif case == "nested":
+
+        class Inner(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.stack = ReversibleStack([pairs[0]], schedule=[0, 0])
+
+            def forward(self, x: Tensor) -> Tensor:
+                return sum(self.stack(x))
+
+        pairs = [(Inner(), pairs[1][1])]
+    stack = ReversibleStack(pairs, schedule=schedule).double()
+    plain = copy.deepcopy(stack)
+    for module in plain.modules():
+        if isinstance(module, ReversibleStack):
+            module.reversible = False
+    return [stack, plain]
+
+
+@pytest.mark.parametrize(
+    "case", ["ordinary", "scheduled", "tied", "parametrised", "frozen", "nested"]
+)
+def test_hooks_on_parameters_run_once(case: str) -> None:
+    """On the whole gradient: torch.autograd.grad in the recomputation would run them on its
+    part, and a hook that halves would halve twice."""
+    found = []
+    for stack in hooked_stacks(case):
+        runs: Counter[str] = Counter()
+        steps: list[Tensor] = []
+        parameters = {name: p for name, p in stack.named_parameters() if p.requires_grad}
+        for name, p in parameters.items():
+            p.register_hook(lambda _grad, count=runs.update, name=name: count([name]))
+            p.register_hook(lambda grad: (grad / 2).tanh())  # not linear: on the sum alone
+            p.register_post_accumulate_grad_hook(
+                lambda _p, count=runs.update, name=name: count([f"{name}+"])
+            )
+        torch.autograd.graph.register_multi_grad_hook(
+            list(parameters.values()), lambda grads, steps=steps: steps.append(len(grads))
+        )
+        removed = next(iter(parameters.values())).register_hook(torch.zeros_like)
+        removed.remove()
+        found.append(stream_gradients(stack, stack))
+        assert runs == Counter({n: 1 for p in parameters for n in (p, f"{p}+")})
+        assert steps == [len(parameters)]
+    assert_same(*found, 1e-10)
+
+
+def test_hooks_stay_after_a_failed_backward() -> None:
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, dy: Tensor) -> Tensor:
+            raise ArithmeticError("on purpose")
+
+    class Unlucky(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return Fails.apply(super().forward(x))
+
+    stack = ReversibleStack([(Unlucky(), Mlp())])
+    weight = stack.blocks[0].f.up.weight
+    weight.register_hook(lambda grad: 0 * grad)
+    y1, _ = stack(torch.randn(1, 3, DIM))
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        y1.sum().backward()
+    weight.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_full_backward_hooks_on_modules() -> None:
+    """What they see and change is as in the plain stack, once a call."""
+    found, seen = [], []
+    for stack in hooked_stacks("scheduled"):
+        grads: list[Tensor] = []
+
+        def halve(_module: nn.Module, inputs: object, outputs: object, grads=grads) -> object:
+            grads.extend(grad.clone() for grad in (*inputs, *outputs))
+            return tuple(grad / 2 for grad in inputs)
+
+        stack.blocks[0].f.register_full_backward_hook(halve)
+        stack.blocks[1].g.up.register_full_backward_hook(halve)
+        found.append(stream_gradients(stack, stack))
+        seen.append(grads)
+    assert_same(*found, 1e-10)
+    assert len(seen[0]) == 2 * 3
+    torch.testing.assert_close(*seen, rtol=1e-10, atol=1e-12)
 
 
 def test_gradients_that_are_the_streams_gradient() -> None:
@@ -606,7 +902,7 @@ def test_empty_stack_is_the_identity() -> None:
 def test_bad_arguments() -> None:
     stack = mlp_stacks(2)[0]
     x = torch.randn(1, 2, DIM)
-    with pytest.raises(ValueError, match="expected f_kwargs for each of 2 blocks, got 1"):
+    with pytest.raises(ValueError, match=r"f_kwargs for each of 2 calls of a block, got 1$"):
         stack(x, f_kwargs=[{}])
     with pytest.raises(ValueError, match="got bias that requires grad"):
         stack(x, f_kwargs=[{}, {"bias": (torch.ones(1, requires_grad=True),)}])

@@ -346,6 +346,7 @@ class _Decoder(Reformer):
         self.cross = tuple(cross)
         for index, (block, kind) in enumerate(zip(self.layers.blocks, cross, strict=True)):
             assert isinstance(block, ReversibleBlock)
+            assert block.f is not None
             attention = _cross_attention(config, context_dim, kind, index)
             block.f = _DecoderAttentionBlock(block.f, _AttentionBlock(config, attention))
         if config.attention_dropout > 0.0 and "full" in cross:

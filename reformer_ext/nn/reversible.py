@@ -6,9 +6,10 @@ backward pass needs the final streams only, whatever the depth.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,21 @@ __all__ = ["ReversibleBlock", "ReversibleStack"]
 
 class ReversibleBlock(nn.Module):
     """One pair (F, G) of a :class:`ReversibleStack`; each maps ``(B, L, dim)`` to the same
-    shape."""
+    shape. One of them may be None.
 
-    def __init__(self, f: nn.Module, g: nn.Module) -> None:
+    Raises:
+        ValueError: both are None.
+    """
+
+    f: nn.Module | None
+    g: nn.Module | None
+
+    def __init__(self, f: nn.Module | None, g: nn.Module | None) -> None:
         super().__init__()
-        self.f = f
-        self.g = g
+        if f is None and g is None:
+            raise ValueError("ReversibleBlock: expected F or G to be a module, got None for both")
+        self.register_module("f", f)
+        self.register_module("g", g)
 
 
 class ReversibleStack(nn.Module):
@@ -36,7 +46,15 @@ class ReversibleStack(nn.Module):
     whether or not the input needs one. The recomputation runs in the forward's autocast state,
     with the forward's random numbers, and leaves the global generators alone; nothing is kept on
     the modules, so several forwards may precede a backward. FSDP2 may shard the stack or what is
-    around it, but not its blocks one by one.
+    around it, but not its blocks one by one. Hooks on parameters run as under plain autograd: once
+    a backward, on the whole gradient. Hooks inside F and G run too, but what they are given changes
+    later: they clone what they keep.
+
+    A block may be called more than once, with the same weights: ``schedule=[0] * 12`` is an ALBERT
+    of 12 layers. The weights are saved under one name, and memory is that of one call.
+
+    Each F and G reads the stream that was added to last, at first ``x2``, and adds to the other: F
+    of the next block reads what G of this one added to or, in a block without G, what F did.
 
     F or G may
 
@@ -47,24 +65,53 @@ class ReversibleStack(nn.Module):
       over at most that many at a time (0: all). Its backward pass then runs chunk by chunk too.
 
     Args:
-        blocks: pairs (F, G) of modules.
+        blocks: pairs (F, G) of modules; one of a pair may be None.
+        schedule: for each call of a block, its index; default each block once, in order. Also an
+            attribute, to be set between forward passes.
         reversible: False runs the same network, to the same numbers, under plain autograd.
         preserve_rng_state: give the recomputation the forward's random numbers. May be False if no
             F or G draws from torch's global generators; then the training step can be captured in
             a CUDA graph.
+
+    Raises:
+        ValueError: a pair is of two None, or schedule is not a sequence of indices of blocks.
     """
 
     def __init__(
         self,
-        blocks: Iterable[tuple[nn.Module, nn.Module]],
+        blocks: Iterable[tuple[nn.Module | None, nn.Module | None]],
         *,
+        schedule: Sequence[int] | None = None,
         reversible: bool = True,
         preserve_rng_state: bool = True,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ReversibleBlock(f, g) for f, g in blocks)
+        self.schedule = schedule
         self.reversible = reversible
         self.preserve_rng_state = preserve_rng_state
+
+    @property
+    def schedule(self) -> Sequence[int]:
+        """For each call of a block, its index."""
+        return range(len(self.blocks)) if self._schedule is None else self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Sequence[int] | None) -> None:
+        indices = range(len(self.blocks))
+        if schedule is not None:
+            if not isinstance(schedule, Sequence):
+                raise ValueError(
+                    "ReversibleStack: expected schedule to be a sequence of block indices, got "
+                    f"{schedule!r}"
+                )
+            for index in schedule:
+                if type(index) is not int or index not in indices:
+                    raise ValueError(
+                        f"ReversibleStack: expected schedule of indices of {len(indices)} blocks, "
+                        f"got {index!r}"
+                    )
+        self._schedule = None if schedule is None else tuple(schedule)
 
     def forward(
         self,
@@ -72,24 +119,30 @@ class ReversibleStack(nn.Module):
         x2: Tensor | None = None,
         f_kwargs: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]] | None = None,
         context: Mapping[str, Tensor] | None = None,
+        tap: Callable[[int, Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Runs the blocks.
+        """Runs the blocks, as scheduled.
 
         Args:
             x1: ``(B, L, dim)``.
             x2: the same shape; default ``x1``.
-            f_kwargs: keyword arguments for the F of each block, or several: the block then adds
-                what F gives for each, ``y1 = x1 + F(x2, **first) + F(x2, **second) ...``, and holds
-                the activations of one call at a time. Tensors among them get no gradient.
+            f_kwargs: for each call of a block the keyword arguments of its F, or several: the block
+                then adds what F gives for each, ``y1 = x1 + F(x2, **first) + F(x2, **second) ...``,
+                and holds the activations of one at a time. Tensors among them get no gradient.
             context: keyword tensors for the F of every block, as the encoder's output that each
                 layer of a decoder attends to. They are kept once for all blocks, and their
                 gradient is one sum over the blocks: what made them is back-propagated once.
+            tap: called in the forward pass, not in the recomputation, as ``tap(index, x)`` before
+                each call of a block: its index in the schedule, and what its F reads, detached,
+                ``(B, L, dim)`` in the dtype of x1. It may keep x, not change it. For memories of
+                earlier segments (Transformer-XL), diagnostics, distillation.
 
         Returns:
             ``y1, y2``, shape and dtype as ``x1``.
 
         Raises:
-            ValueError: f_kwargs has not one entry per block, or a tensor in it requires grad.
+            ValueError: f_kwargs has not one entry per call of a block, one for a block without F,
+                or a tensor that requires grad.
             RuntimeError: a block is sharded on its own; in backward, if a module's ``training``
                 flag is not what it was, or its parameters are others (as after
                 ``torch.func.functional_call``, which takes ``reversible=False``) or frozen.
@@ -98,20 +151,36 @@ class ReversibleStack(nn.Module):
         stream_dtype = torch.promote_types(dtype, torch.float32)
         x1 = x1.to(stream_dtype)
         x2 = x1 if x2 is None else x2.to(stream_dtype)
+        schedule = self.schedule
         if f_kwargs is None:
-            f_kwargs = [{}] * len(self.blocks)
+            f_kwargs = [{}] * len(schedule)
         context = context or {}
-        if len(f_kwargs) != len(self.blocks):
+        if len(f_kwargs) != len(schedule):
             raise ValueError(
-                f"ReversibleStack: expected f_kwargs for each of {len(self.blocks)} blocks, "
+                f"ReversibleStack: expected f_kwargs for each of {len(schedule)} calls of a block, "
                 f"got {len(f_kwargs)}"
             )
-        calls = []
-        for block, kwargs in zip(self.blocks, f_kwargs, strict=True):
+        calls: list[_Call] = []
+        source, target = 1, 0
+        for index, kwargs in enumerate(f_kwargs):
+            block = self.blocks[schedule[index]]
             assert isinstance(block, ReversibleBlock)
+            first = len(calls)
             terms = [kwargs] if isinstance(kwargs, Mapping) else kwargs
-            calls += [_Call(block.f, term, dtype, 1, 0, tuple(context)) for term in terms]
-            calls.append(_Call(block.g, {}, dtype, 0, 1))
+            if block.f is not None:
+                names = tuple(context)
+                calls += [_Call(block.f, term, dtype, source, target, names) for term in terms]
+                source, target = target, source
+            elif any(terms):
+                raise ValueError(
+                    f"ReversibleStack: expected no f_kwargs for call {index}, of a block without "
+                    f"F, got {sorted({name for term in terms for name in term})}"
+                )
+            if block.g is not None:
+                calls.append(_Call(block.g, {}, dtype, source, target))
+                source, target = target, source
+            if tap is not None and len(calls) > first:
+                calls[first].tap = partial(tap, index)
         # A compiled or exported inference graph has no use for the Function, which dynamo cannot
         # trace.
         plain = not self.reversible or (torch.compiler.is_compiling() and not self.training)
@@ -119,6 +188,7 @@ class ReversibleStack(nn.Module):
             streams = [x1, x2]
             del x1, x2
             for call in calls:
+                call.show(streams[call.source])
                 y = call(streams[call.source], **call.pick(context))[0]
                 streams[call.target] = streams[call.target] + y
                 del y
@@ -159,6 +229,7 @@ class _Call:
     source: int  # the stream, 0 or 1, that the module reads
     target: int  # the one that it is added to
     context: tuple[str, ...] = ()
+    tap: Callable[[Tensor], None] | None = None
     replay: tuple[str, ...] = ()
     rng: list[Tensor] = field(default_factory=list)
 
@@ -166,6 +237,11 @@ class _Call:
         """With the context, and in the recomputation the replay."""
         result = self.module(x.to(self.dtype), **self.kwargs, **tensors)
         return (result, {}) if isinstance(result, Tensor) else result
+
+    def show(self, x: Tensor) -> None:
+        """To the tap, if there is one."""
+        if self.tap is not None:
+            self.tap(x.detach().to(self.dtype))
 
     def pick(self, context: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the module gets of it."""
@@ -268,6 +344,7 @@ class _Reversible(torch.autograd.Function):
         del x1, x2
         with run.autocast():
             for call in run.calls:
+                call.show(streams[call.source])
                 call.rng = run.rng_state()
                 y, replay = call(streams[call.source], **call.pick(context))
                 streams[call.target] = streams[call.target] + y
@@ -320,7 +397,8 @@ class _Reversible(torch.autograd.Function):
             inputs: dict[str | nn.Parameter, Tensor] = {
                 name: leaf for name, leaf in leaves.items() if leaf.requires_grad
             }
-            inputs.update((parameter, parameter) for parameter in call.parameters())
+            parameters = call.parameters()
+            inputs.update(zip(parameters, parameters, strict=True))
             size = getattr(call.module, "positionwise_chunk_size", 0) or y[source].shape[1]
             streams = y[source], y[target], dy[source], dy[target]
             parts = zip(*(torch.split(stream, size, 1) for stream in streams), strict=True)
@@ -335,9 +413,10 @@ class _Reversible(torch.autograd.Function):
                 del output  # memory that the gradients need
                 if not root.requires_grad:
                     continue
-                found, *others = torch.autograd.grad(
-                    root, [x, *inputs.values()], dtotal, allow_unused=True
-                )
+                with _without_hooks(parameters):
+                    found, *others = torch.autograd.grad(
+                        root, [x, *inputs.values()], dtotal, allow_unused=True
+                    )
                 if found is not None:
                     dx += found
                 for key, gradient in zip(inputs, others, strict=True):
@@ -368,6 +447,23 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy.to(ctx.dtype), None
+
+
+@contextmanager
+def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Without their tensor hooks: ``torch.autograd.grad`` would run them on its part of the
+    gradient, and the engine, which gets the sum from the stack, runs them again on that. The engine
+    cannot want them here: it reaches the parameters after the stack's backward."""
+    hidden = [(hooks, dict(hooks)) for p in parameters if (hooks := p._backward_hooks)]
+    try:
+        for hooks, _ in hidden:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, kept in hidden:
+            new = dict(hooks)
+            hooks.clear()
+            hooks.update({**kept, **new})
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:
