@@ -52,6 +52,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("sin"), release_gil());
   m.def("merge_heads", &reformer::merge_heads, py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("cos"), py::arg("sin"), release_gil());
+  m.def("next_values", &reformer::next_values, py::arg("v"), py::arg("value_mix"),
+        py::arg("key_padding_mask") = py::none(), py::arg("causal") = true, release_gil());
   m.def("lsh_decode", &reformer::lsh_decode, py::arg("q"), py::arg("keys"), py::arg("values"),
         py::arg("table"), py::arg("counts"), py::arg("buckets"), py::arg("own_values") = py::none(),
         py::arg("scale") = py::none(), py::arg("correct_duplicates") = false, release_gil());

@@ -91,6 +91,14 @@ std::vector<at::Tensor> split_heads(const at::Tensor& x, int64_t parts, const at
 at::Tensor merge_heads(const at::Tensor& q, const std::optional<at::Tensor>& k, const at::Tensor& v,
                        const at::Tensor& cos, const at::Tensor& sin);
 
+// Values that say what comes next, for a causal attention whose queries never attend to themselves
+// (mask_self): w_j = m[0, h] v_j + m[1, h] v_{j+1}. Not causal: w_j = m[0, h] v_{j-1} + m[1, h] v_j
+// + m[2, h] v_{j+1}. A neighbour that does not exist or is padding is v_j itself; w is zero at
+// padding. v [B, H, L, D], value_mix [2 or 3, H], key_padding_mask bool [B, L] -> like v.
+// Differentiable in v and value_mix.
+at::Tensor next_values(const at::Tensor& v, const at::Tensor& value_mix,
+                       const std::optional<at::Tensor>& key_padding_mask = {}, bool causal = true);
+
 // Decoding. The cache of a layer: keys and values [B, H, C, D], and per head, round and bucket the
 // last W positions that fell into it: table int32 [B, H, R, N, W], and how many did: counts int32
 // [B, H, R, N]; position number i of a bucket is in slot i % W. All contiguous, counts zero at

@@ -351,6 +351,39 @@ ATTENTION_CASES: list[AttentionCase] = [
 assert len({case.id for case in ATTENTION_CASES}) == len(ATTENTION_CASES)
 
 
+# Values and their neighbours: sizes, layouts, padding and causality.
+NEXT_VALUES_CASES: list[AttentionCase] = [
+    _C("default", batch=2, heads=3, length=200, head_dim=64, causal=True),
+    _C("default-full", batch=2, heads=3, length=200, head_dim=64),
+    *[
+        _C(f"length-{length}{'' if causal else '-full'}", length=length, causal=causal)
+        for length in (1, 2, 3, 63, 65)
+        for causal in (True, False)
+    ],
+    *[
+        _C(f"head_dim-{size}{'' if causal else '-full'}", head_dim=size, heads=3, causal=causal)
+        for size in (1, 8, 20, 32, 80, 128, 256)
+        for causal in (True, False)
+    ],
+    *[
+        _C(
+            f"padding-{padding}{'' if causal else '-full'}",
+            batch=2,
+            length=70,
+            padding=padding,
+            causal=causal,
+        )
+        for padding in ("tail", "head", "scattered", "row", "all")
+        for causal in (True, False)
+    ],
+    _C("long", length=3000, heads=1, head_dim=8, causal=True, padding="scattered"),
+    _C("transposed", batch=2, heads=3, layout="transposed", causal=True),
+    _C("sliced", batch=2, layout="sliced", padding="tail"),
+    _C("expanded", batch=2, heads=3, layout="expanded", causal=True),
+    _C("batch-0", batch=0, causal=True),
+]
+
+
 @dataclass(frozen=True)
 class HashCase:
     """Sizes of one call of ``lsh_hash``."""

@@ -104,6 +104,8 @@ def test_info_lists_operators_and_backends() -> None:
         "reformer::lsh_hash": kernels,
         "reformer::merge_attention": ["composite"],
         "reformer::merge_heads": [*kernels[1:], "composite"],
+        "reformer::next_values": kernels,
+        "reformer::next_values_backward": kernels,
         "reformer::split_heads": [*kernels[1:], "composite"],
     }
 
@@ -144,6 +146,9 @@ def test_bindings_are_the_operators() -> None:
     torch.testing.assert_close(merged_lse, lse + torch.log(torch.tensor(2.0)))
     turn_by_nothing = torch.ones(100, 16), torch.zeros(100, 16)
     assert torch.equal(_C.apply_rotary(out, *turn_by_nothing), out)
+    assert torch.equal(
+        _C.next_values(out, torch.ones(2, 2)), reformer_ext.next_values(out, torch.ones(2, 2))
+    )
     rows = _C.merge_heads(qk, None, out, *turn_by_nothing)
     for got, part in zip(_C.split_heads(rows, 2, *turn_by_nothing), (qk, out), strict=True):
         assert torch.equal(got, part)

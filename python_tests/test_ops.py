@@ -15,6 +15,7 @@ from cases import (
     ATTENTION_CASES,
     HASH_CASES,
     MERGE_CASES,
+    NEXT_VALUES_CASES,
     SORT_CASES,
     AttentionCase,
     HashCase,
@@ -632,6 +633,185 @@ def test_apply_rotary_errors() -> None:
     ]:
         with pytest.raises(RuntimeError, match=f"apply_rotary: .*{message}"):
             reformer_ext.apply_rotary(*arguments)
+
+
+# next_values --------------------------------------------------------------------------------------
+
+
+def next_values_inputs(
+    case: AttentionCase, device: str, dtype: torch.dtype, mix_dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """``v`` and ``value_mix``, leaves, and the mask. The mix of half-precision values is float32,
+    as a module's parameter under autocast, unless its type is given."""
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(2 if case.causal else 3, case.heads, generator=generator)
+    mix_dtype = mix_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
+    v = case.vectors(device, dtype)["v"]
+    mask = case.indices(device)["key_padding_mask"]
+    return {"v": v, "value_mix": mix.to(device, mix_dtype).requires_grad_()}, mask
+
+
+@pytest.mark.parametrize("case", NEXT_VALUES_CASES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_next_values(case: AttentionCase, device: str, dtype: torch.dtype) -> None:
+    skip_unless_supported(case, device)
+    inputs, mask = next_values_inputs(case, device, dtype)
+    cotangents = attention_cotangents(case, device, dtype)[:1]
+
+    def mix(implementation: object) -> Callable:
+        def function(v: Tensor, value_mix: Tensor) -> tuple[Tensor]:
+            return (implementation.next_values(v, value_mix, mask, causal=case.causal),)  # type: ignore[attr-defined]
+
+        return function
+
+    got = differentiate(mix(reformer_ext), inputs, cotangents)
+    twin = differentiate(mix(reference), inputs, cotangents)
+    oracle = differentiate(mix(reference), upcast(inputs), cotangents)
+    assert got["out"].dtype == dtype and got["grad_value_mix"].dtype == inputs["value_mix"].dtype
+    for name, expected in oracle.items():
+        assert_accurate(name, got[name], twin[name], expected, ROUNDING[dtype])
+    if case.batch > 0:  # once more, with as many threads as may be
+        torch.set_num_threads(3)
+        try:
+            again = differentiate(mix(reformer_ext), inputs, cotangents)
+        finally:
+            torch.set_num_threads(1)
+        assert all(torch.equal(got[name], again[name]) for name in got)
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+def test_next_values_are_what_they_say(device: str) -> None:
+    """Sums of small integers, written out."""
+    v = torch.arange(1.0, 6.0, device=device).view(1, 1, 5, 1).expand(1, 1, 5, 8).contiguous()
+    mask = torch.tensor([[False, False, True, False, False]], device=device)
+    mix = torch.tensor([[10.0], [100.0]], device=device)
+    for given, expected in [
+        (None, [210, 320, 430, 540, 550]),
+        (mask, [210, 220, 0, 540, 550]),  # before padding, and at the end: itself
+    ]:
+        w = reformer_ext.next_values(v, mix, given)
+        assert w[0, 0, :, 0].tolist() == expected and w.std(dim=-1).max() == 0.0
+    mix = torch.tensor([[1.0], [10.0], [100.0]], device=device)
+    w = reformer_ext.next_values(v, mix, mask, causal=False)
+    assert w[0, 0, :, 0].tolist() == [211, 221, 0, 544, 554]
+
+
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_padding_is_inert_in_next_values(
+    bad: float, causal: bool, device: str, dtype: torch.dtype
+) -> None:
+    case = AttentionCase("inert", length=70, padding="scattered", causal=causal)
+    inputs, mask = next_values_inputs(case, device, dtype)
+    assert mask is not None
+    (cotangent,) = attention_cotangents(case, device, dtype)[:1]
+
+    def gradients(v: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+        v = v.detach().requires_grad_()
+        w = reformer_ext.next_values(v, inputs["value_mix"], mask, causal=causal)
+        return w, *torch.autograd.grad(w, (v, inputs["value_mix"]), cotangent)
+
+    at = mask[:, None, :, None]
+    clean = gradients(inputs["v"], cotangent)
+    dirty = gradients(inputs["v"].masked_fill(at, bad), cotangent.masked_fill(at, bad))
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert not clean[0].masked_select(at).any() and not clean[1].masked_select(at).any()
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+def test_next_values_keep_the_layout_of_v(device: str) -> None:
+    """As a (B, L, H, D) projection, or a part of one: rows of a position side by side, dense."""
+    projection = torch.randn(2, 9, 2, 3, 16, device=device)
+    v = projection.permute(2, 0, 3, 1, 4)[1].requires_grad_()
+    w = reformer_ext.next_values(v, torch.rand(2, 3, device=device))
+    (grad,) = torch.autograd.grad(w.sum(), v)
+    assert w.transpose(1, 2).is_contiguous() and grad.transpose(1, 2).is_contiguous()
+    dense = reformer_ext.next_values(v.detach().contiguous(), torch.ones(2, 3, device=device))
+    assert dense.is_contiguous()
+    assert torch.equal(dense, reformer_ext.next_values(v, torch.ones(2, 3, device=device)))
+    strided = projection.movedim(-1, 0).contiguous().movedim(0, -1).permute(2, 0, 3, 1, 4)[1]
+    assert strided.stride(-1) != 1
+    assert torch.equal(reformer_ext.next_values(strided, torch.ones(2, 3, device=device)), dense)
+
+
+@pytest.mark.parametrize("name", ["length-3", "length-3-full", "padding-scattered", "sliced"])
+def test_gradcheck_next_values(name: str) -> None:
+    case = next(case for case in NEXT_VALUES_CASES if case.id == name)
+    small = AttentionCase(**{**vars(case), "length": min(case.length, 9), "head_dim": 3})
+    inputs, mask = next_values_inputs(small, "cpu", torch.float64)
+
+    def function(v: Tensor, value_mix: Tensor) -> Tensor:
+        return reformer_ext.next_values(v, value_mix, mask, causal=small.causal)
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()))
+    (grad,) = torch.autograd.grad(function(**inputs).square().sum(), inputs["v"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"derivative for .*next_values_backward.* is not impl"):
+        torch.autograd.grad(grad.sum(), inputs["v"])
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("mix_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["default", "transposed", "sliced", "expanded", "padding-tail-full", "batch-0"]
+)
+def test_opcheck_next_values(name: str, mix_dtype: torch.dtype, device: str) -> None:
+    case = next(case for case in NEXT_VALUES_CASES if case.id == name)
+    inputs, mask = next_values_inputs(case, device, torch.bfloat16, mix_dtype)
+    options = {"causal": case.causal}
+    torch.library.opcheck(ops.next_values.default, (*inputs.values(), mask), options)
+    detached = tuple(x.detach() for x in inputs.values())
+    torch.library.opcheck(ops.next_values.default, (*detached, mask), options)
+    args = (torch.ones_like(detached[0]), *detached, mask)
+    torch.library.opcheck(ops.next_values_backward.default, args, options)
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+def test_next_values_under_autocast(device: str) -> None:
+    v = torch.randn(1, 2, 9, 16, device=device, requires_grad=True)
+    mix = torch.rand(2, 2, device=device, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16):
+        w = reformer_ext.next_values(v, mix)
+    assert torch.equal(w, reformer_ext.next_values(v.bfloat16(), mix))
+    w.float().sum().backward()
+    assert v.grad is not None and v.grad.dtype == torch.float32
+    assert mix.grad is not None and mix.grad.dtype == torch.float32
+
+
+def test_next_values_errors() -> None:
+    v, mix = torch.randn(2, 3, 5, 4), torch.randn(2, 3)
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    for arguments, options, message in [
+        ((v[0], mix), {}, r"expected v of shape [B, H, L, D], got [3, 5, 4]"),
+        ((v.int(), mix), {}, "expected v of dtype float32, float16, bfloat16 or float64, got Int"),
+        ((v, mix[0]), {}, "expected value_mix of shape [2 or 3, H], got [3]"),
+        (
+            (v, mix),
+            {"causal": False},
+            "expected value_mix of shape [3, 3] (previous, own and next, heads), as causal is "
+            "false, got [2, 3]",
+        ),
+        (
+            (v, torch.randn(3, 3)),
+            {},
+            "expected value_mix of shape [2, 3] (own and next, heads), as causal is true, "
+            "got [3, 3]",
+        ),
+        (
+            (v, mix.int()),
+            {},
+            "expected value_mix of dtype float32, float16, bfloat16 or float64, got Int",
+        ),
+        (
+            (v, mix, mask[:, 1:]),
+            {},
+            "expected key_padding_mask of shape [2, 5] (batch, length), got [2, 4]",
+        ),
+        ((v, mix, mask.int()), {}, "expected key_padding_mask of dtype Bool, got Int"),
+    ]:
+        with pytest.raises(RuntimeError) as raised:
+            reformer_ext.next_values(*arguments, **options)
+        assert str(raised.value).splitlines()[0] == f"next_values: {message}"
 
 
 @pytest.mark.parametrize(("device", "dtype"), device_dtypes())

@@ -20,6 +20,15 @@ SCHEMAS = {
     "merge_heads": (
         "reformer::merge_heads(Tensor q, Tensor? k, Tensor v, Tensor cos, Tensor sin) -> Tensor"
     ),
+    "next_values": (
+        "reformer::next_values(Tensor v, Tensor value_mix, Tensor? key_padding_mask=None, *, "
+        "bool causal=True) -> Tensor"
+    ),
+    "next_values_backward": (
+        "reformer::next_values_backward(Tensor grad, Tensor v, Tensor value_mix, "
+        "Tensor? key_padding_mask=None, *, bool causal=True) "
+        "-> (Tensor grad_v, Tensor grad_value_mix)"
+    ),
     "lsh_hash": (
         "reformer::lsh_hash(Tensor x, Tensor rotations, int[] n_buckets, "
         "Tensor? key_padding_mask=None) -> Tensor"

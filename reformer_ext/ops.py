@@ -30,6 +30,7 @@ __all__ = [
     "lsh_hash",
     "merge_attention",
     "merge_heads",
+    "next_values",
     "sample_rotations",
     "set_workspace_limit",
     "split_heads",
@@ -520,6 +521,38 @@ def merge_heads(q: Tensor, k: Tensor | None, v: Tensor, cos: Tensor, sin: Tensor
         RuntimeError: naming the argument, what was expected and what came.
     """
     return torch.ops.reformer.merge_heads.default(q, k, v, cos, sin)
+
+
+def next_values(
+    v: Tensor,
+    value_mix: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    causal: bool = True,
+) -> Tensor:
+    """Values that say what comes next: ``w_j = a * v_j + b * v_{j+1}``, a and b per head.
+
+    For a causal attention whose queries never attend to themselves (``mask_self``): a key that
+    query i meets has ``j + 1 <= i``, so nothing of the future is seen, and a match tells what
+    followed it. A query that meets only itself must get its own ``v_i``: pass v as ``own_values``.
+    Relatives are KV shifting attention (arXiv 2411.19574), which looks back instead, and RWKV's
+    token shift. A neighbour that does not exist or is padding is ``v_j`` itself; w is zero at
+    padding.
+
+    Args:
+        v: ``(B, H, L, D)``.
+        value_mix: ``(2, H)``, rows a and b; not causal: ``(3, H)``, factors of ``v_{j-1}``, ``v_j``
+            and ``v_{j+1}``. Any floating dtype; computed with in float32 (float64 for float64 v).
+        key_padding_mask: bool ``(B, L)``, True = padding.
+        causal: mix in the next value only.
+
+    Returns:
+        Shape and dtype of v, dense, in the order of v's memory. Differentiable in v and value_mix.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.reformer.next_values.default(v, value_mix, key_padding_mask, causal=causal)
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -261,6 +261,31 @@ def merge_heads(q: Tensor, k: Tensor | None, v: Tensor, cos: Tensor, sin: Tensor
     return torch.stack([*turned, v], dim=2).permute(0, 3, 2, 1, 4).flatten(2)
 
 
+def next_values(
+    v: Tensor,
+    value_mix: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    causal: bool = True,
+) -> Tensor:
+    """A sum of each value and its neighbours; see :func:`reformer_ext.next_values`."""
+    batch, _, length, _ = v.shape
+    padding = torch.zeros(batch, length, dtype=torch.bool, device=v.device)
+    if key_padding_mask is not None:
+        padding = key_padding_mask
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    wide = wide.masked_fill(padding[:, None, :, None], 0.0)
+    steps = (0, 1) if causal else (-1, 0, 1)
+    result = torch.zeros_like(wide)
+    for step, factors in zip(steps, value_mix.to(wide.dtype), strict=True):
+        at = torch.arange(length, device=v.device) + step
+        inside = (at >= 0) & (at < length)
+        at = at.clamp(0, length - 1)
+        exists = (inside & ~padding[:, at])[:, None, :, None]
+        result = result + factors[:, None, None] * torch.where(exists, wide[:, :, at], wide)
+    return result.masked_fill(padding[:, None, :, None], 0.0).to(v.dtype)
+
+
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Joins attentions of the same queries over disjoint key sets by their log-sum-exp."""
     stacked = torch.stack(list(lses))

@@ -36,9 +36,9 @@ std::string error_of(Call call) {
 }
 
 void test_registered_by_name() {
-  for (const char* op :
-       {"lsh_hash", "bucket_sort", "chunked_attention", "lsh_attention", "lsh_cache_append",
-        "lsh_decode", "merge_attention", "apply_rotary", "split_heads", "merge_heads"}) {
+  for (const char* op : {"lsh_hash", "bucket_sort", "chunked_attention", "lsh_attention",
+                         "lsh_cache_append", "lsh_decode", "merge_attention", "apply_rotary",
+                         "split_heads", "merge_heads", "next_values"}) {
     const std::string name = std::string("reformer::") + op;
     EXPECT(c10::Dispatcher::singleton().findSchema({name, ""}).has_value());
   }
