@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +15,12 @@ from torch import Tensor
 from .checkpoint import load_checkpoint
 from .data import SEPARATOR, CorpusError, find_files, load_corpus
 from .diagnostics import (
-    BucketOccupancy,
-    CapturedMass,
     LayerReport,
     LSHLayerReport,
-    RoundCollisions,
     inspect_model,
 )
 from .generate import autocast, load_model
+from .plots import by_round, draw
 
 __all__ = ["draw", "html_page", "inspect_checkpoint", "layer_numbers", "text_table"]
 
@@ -178,7 +175,7 @@ def layer_numbers(layer: LayerReport) -> dict[str, Tensor]:
     numbers = {}
     if layer.mass is not None:
         for name in ("mass", "best", "uniform", "recall"):
-            numbers[name] = _by_round(getattr(layer.mass, name))[:, -1]
+            numbers[name] = by_round(getattr(layer.mass, name))[:, -1]
     if isinstance(layer, LSHLayerReport):
         numbers["repeated"] = layer.collisions.repeated.nanmean(dim=0)
         numbers["load"] = layer.occupancy.load.amax(dim=(0, 2))
@@ -191,7 +188,7 @@ def text_table(layers: Sequence[LayerReport]) -> str:
     """A line per layer, and the captured mass of LSH layers by the number of rounds."""
     text = _align(_summary(layers))
     for layer in _lsh_layers(layers):
-        mass = _by_round(layer.mass.mass).mean(dim=0)
+        mass = by_round(layer.mass.mass).mean(dim=0)
         shown = "  ".join(f"{r}: {mass[r - 1]:.3f}" for r in _shown_rounds(len(mass)))
         text.append(f"layer {layer.index}, mass by hash rounds  {shown}")
     return "\n".join(text)
@@ -232,86 +229,6 @@ def html_page(
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def draw(layers: Sequence[LSHLayerReport], title: str | None = None) -> bytes:
-    """A PNG with a row for each layer: captured mass, bucket sizes, new keys by round.
-
-    With a title, the rows have theirs, too. Raises ImportError without matplotlib.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.4 * len(layers)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title or "")
-    rows = figure.subfigures(len(layers), 1, squeeze=False)[:, 0]
-    for row, layer in zip(rows, layers, strict=True):
-        if title is not None:
-            row.suptitle(f"layer {layer.index}", fontweight="bold")
-        mass, sizes, new = row.subplots(1, 3)
-        _draw_mass(mass, layer.mass)
-        _draw_sizes(sizes, layer.occupancy)
-        _draw_new(new, layer.collisions)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
-
-
-def _draw_mass(axes: Any, mass: CapturedMass) -> None:
-    heads = _by_round(mass.mass)
-    rounds = range(1, heads.shape[1] + 1)
-    for number, head in enumerate(heads):
-        axes.plot(rounds, head, color="C0", alpha=0.3, linewidth=1, label="" if number else "heads")
-    for values, style, label in (
-        (mass.best, {"color": "0.4", "linestyle": "--", "marker": "."}, "likeliest"),
-        (mass.mass, {"color": "C0", "marker": "o", "markersize": 4}, "met"),
-        (mass.uniform, {"color": "0.4", "linestyle": ":", "marker": "."}, "random"),
-    ):
-        axes.plot(rounds, _by_round(values).mean(dim=0), label=label, **style)
-    axes.set(title="attention captured by the keys", xlabel="hash rounds", ylim=(0, 1.02))
-    axes.set_xlim(0.5, len(rounds) + 0.5)
-    _finish(axes)
-
-
-def _draw_sizes(axes: Any, occupancy: BucketOccupancy) -> None:
-    counts = occupancy.counts.cpu()
-    sizes = counts.sort(dim=-1, descending=True).values.double().mean(dim=(0, 2))
-    ranks = range(1, sizes.shape[1] + 1)
-    for number, head in enumerate(sizes):
-        axes.plot(ranks, head, color="C0", alpha=0.3, linewidth=1, label="" if number else "heads")
-    axes.plot(ranks, sizes.mean(dim=0), color="C0", label="mean")
-    axes.axhline(occupancy.chunk_size, color="0.4", linestyle="--", label="a chunk")
-    axes.axhline(counts.double().mean(), color="0.4", linestyle=":", label="even buckets")
-    axes.set(title="positions in a bucket", xlabel="buckets, fullest first", yscale="log")
-    axes.set_ylim(bottom=0.5)
-    axes.yaxis.set_major_formatter("{x:g}")
-    _finish(axes)
-
-
-def _draw_new(axes: Any, collisions: RoundCollisions) -> None:
-    new, again = (x.mean(dim=(0, 1)).tolist() for x in (collisions.new, collisions.again))
-    rounds = range(1, len(new) + 1)
-    axes.bar(rounds, new, color="C0", label="new")
-    axes.bar(rounds, again, bottom=new, color="0.85", label="met before")
-    axes.set(title="keys that a query meets", xlabel="hash round")
-    axes.set_xlim(0.5, len(rounds) + 0.5)
-    _finish(axes)
-
-
-def _finish(axes: Any) -> None:
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.18),
-        ncols=4,
-        frameon=False,
-        fontsize="small",
-        columnspacing=1.2,
-        handlelength=1.6,
-    )
-
-
 def _read(data: Sequence[Path], checkpoint: Path) -> tuple[str, Tensor]:
     """A name for the user and the bytes, uint8 ``(n,)``."""
     if data:
@@ -342,11 +259,6 @@ def _lsh_layers(layers: Sequence[LayerReport]) -> list[LSHLayerReport]:
     return [layer for layer in layers if isinstance(layer, LSHLayerReport)]
 
 
-def _by_round(values: Tensor) -> Tensor:
-    """``(B, H, R, S)`` -> means over sequences and queries with anything to capture, ``(H, R)``."""
-    return values.nanmean(dim=(0, 3)).cpu()
-
-
 def _shown_rounds(rounds: int) -> list[int]:
     """1, 2, 4 ... and the last."""
     return sorted({*(2**n for n in range(rounds.bit_length())), rounds})
@@ -368,15 +280,15 @@ def _summary(layers: Sequence[LayerReport]) -> list[list[str]]:
 
 def _heads(layer: LSHLayerReport) -> list[list[str]]:
     """Rows of the table of an LSH layer's heads, the headings first."""
-    mass = _by_round(layer.mass.mass)
+    mass = by_round(layer.mass.mass)
     shown = _shown_rounds(mass.shape[1])
     numbers = layer_numbers(layer)
     rest = [column for column in _COLUMNS if column.key != "mass"]
     rows = [["head", *(f"mass, R={r}" for r in shown), *(column.heading for column in rest)]]
     for head in range(len(mass)):
-        by_round = [_cell(float(mass[head, r - 1]), 3) for r in shown]
+        shares = [_cell(float(mass[head, r - 1]), 3) for r in shown]
         cells = [_cell(float(numbers[column.key][head]), column.digits) for column in rest]
-        rows.append([str(head), *by_round, *cells])
+        rows.append([str(head), *shares, *cells])
     return rows
 
 

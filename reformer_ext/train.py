@@ -6,31 +6,27 @@ killed and resumed goes through the same losses as one that was not: on one mach
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import json
 import math
 import shlex
-import shutil
-import signal
-import sys
 import textwrap
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, load_checkpoint, model_of, save_checkpoint
 from .data import Corpus, load_corpus, sample_batch, step_seed
 from .generate import autocast, generate
 from .nn import ReformerConfig, ReformerLM
-from .optim import Muon, learning_rate_factor, split_parameters
+from .optim import learning_rate_factor
+from .plots import draw_losses
+from .recipe import Recipe, default_recipe
+from .runs import Interruptions, Run, TrainError, build, restore
+from .terminal import Progress, clock, device_name
 
 __all__ = ["Recipe", "TrainError", "default_recipe", "evaluate", "train", "yardsticks"]
 
@@ -38,98 +34,6 @@ EXIT_INTERRUPTED = 130
 _PROMPT_BYTES = 64
 _SAMPLE_BYTES = 400
 _QUICK_EVALUATION = 1 << 16  # held-out bytes evaluated during training; all of them at the end
-
-
-class TrainError(Exception):
-    """The run cannot start or go on; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained. All fields are part of a run: resuming keeps them.
-
-    Attributes:
-        steps: optimiser steps.
-        batch: sequences per step.
-        context: bytes per sequence.
-        lr: of the weight matrices (Muon); linear warm-up, then linear decay to zero.
-        lr_other: of embeddings, biases and norms (AdamW), same schedule.
-        warmup: steps.
-        weight_decay: of the weight matrices.
-        seed: of initial weights, data and dropout.
-        eval_every: steps between evaluations on a part of the held-out bytes.
-    """
-
-    steps: int
-    batch: int
-    context: int
-    lr: float = 0.01
-    lr_other: float = 0.003
-    warmup: int = 20
-    weight_decay: float = 0.01
-    seed: int = 0
-    eval_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "context", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("lr", "lr_other", "warmup", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
-
-
-def default_recipe(device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of the ReformerConfig and of the Recipe for a device.
-
-    A GPU: 65,536 bytes of context, minutes on an H100. A CPU: a few minutes on two cores.
-    """
-    if device.type == "cuda":
-        return (
-            {"dim": 512, "heads": 8, "layers": ("local", "lsh") * 4, "n_hashes": 8},
-            {"steps": 600, "batch": 1, "context": 65536, "warmup": 30, "eval_every": 50},
-        )
-    return (
-        {
-            "dim": 128,
-            "heads": 4,
-            "layers": ("local", "lsh") * 2,
-            "n_hashes": 2,
-            "chunk_size": 32,
-            "initializer_range": 0.05,
-        },
-        {"steps": 1000, "batch": 4, "context": 512},
-    )
-
-
-@dataclass
-class _Run:
-    """The state of a run: all that a checkpoint holds."""
-
-    recipe: Recipe
-    paths: list[str]
-    corpus: Corpus
-    model: ReformerLM
-    optimizers: list[torch.optim.Optimizer]
-    step: int
-    seconds: float
-    history: list[dict[str, float]]  # the lines of log.jsonl
-
-    def save(self, path: Path) -> None:
-        save_checkpoint(
-            path,
-            {
-                "config": dataclasses.asdict(self.model.config),
-                "recipe": dataclasses.asdict(self.recipe),
-                "paths": self.paths,
-                "corpus": self.corpus.fingerprint,
-                "model": self.model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "step": self.step,
-                "seconds": self.seconds,
-                "history": self.history,
-            },
-        )
 
 
 def train(
@@ -168,7 +72,7 @@ def train(
             "it, --out names another folder"
         )
     if resume and checkpoint.exists():
-        run = _restore(checkpoint, paths, options or {}, device)
+        run = restore(checkpoint, paths, options or {}, device)
         print(f"resumed from {checkpoint} at step {run.step:,} of {run.recipe.steps:,}", flush=True)
     else:
         run = _start(paths, options or {}, device)
@@ -176,7 +80,7 @@ def train(
     print(run.corpus.describe(), flush=True)
     print(
         f"{' '.join(run.model.config.layers)}, dim {run.model.config.dim}, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, on {_name(device)}; "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device_name(device)}; "
         f"{recipe.steps:,} steps of {recipe.batch} x {recipe.context:,} bytes",
         flush=True,  # before the progress on the standard error
     )
@@ -189,8 +93,8 @@ def train(
         run.save(checkpoint)
 
     last_saved = run.step
-    with _Interruptions() as interrupted, open(log, "a") as log_file:
-        progress = _Progress(recipe.steps, device)
+    with Interruptions() as interrupted, open(log, "a") as log_file:
+        progress = Progress(recipe.steps, device)
         while run.step < recipe.steps and not interrupted:
             started = time.perf_counter()
             record: dict[str, float] = {"step": run.step + 1, "loss": _step(run, device)}
@@ -264,7 +168,7 @@ def yardsticks(data: bytes) -> dict[str, float]:
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 
-def _start(paths: Sequence[Path], options: dict[str, Any], device: torch.device) -> _Run:
+def _start(paths: Sequence[Path], options: dict[str, Any], device: torch.device) -> Run:
     config_fields, recipe_fields = default_recipe(device)
     for name, value in options.items():
         fields = recipe_fields if name in Recipe.__dataclass_fields__ else config_fields
@@ -275,60 +179,7 @@ def _start(paths: Sequence[Path], options: dict[str, Any], device: torch.device)
     _check_sizes(corpus, recipe)
     torch.manual_seed(step_seed(recipe.seed, -1))
     model = ReformerLM(config)
-    return _build(model, recipe, [str(path.absolute()) for path in paths], corpus, device)
-
-
-def _restore(
-    checkpoint: Path, paths: Sequence[Path], options: dict[str, Any], device: torch.device
-) -> _Run:
-    state = load_checkpoint(checkpoint)
-    try:
-        model = model_of(state, checkpoint)
-        recipe = Recipe(**state["recipe"])
-        stored = {**state["config"], **state["recipe"]}
-        for name, value in options.items():
-            if stored[name] != value:
-                raise TrainError(
-                    f"train: --resume keeps {name} = {stored[name]}, got {value}; leave it out, or "
-                    "start another run"
-                )
-        corpus = load_corpus(paths or [Path(path) for path in state["paths"]])
-        if corpus.fingerprint != state["corpus"]:
-            raise TrainError(
-                f"train: the files ({corpus.name}) are not those that {checkpoint} was trained on; "
-                "start another run"
-            )
-        run = _build(model, recipe, state["paths"], corpus, device)
-        for optimizer, optimizer_state in zip(run.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
-        run.step, run.seconds, run.history = state["step"], state["seconds"], state["history"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"checkpoint: {checkpoint} does not fit this version: {error}"
-        ) from error
-    return run
-
-
-def _build(
-    model: ReformerLM, recipe: Recipe, paths: list[str], corpus: Corpus, device: torch.device
-) -> _Run:
-    model = model.to(device).train()
-    matrices, others = split_parameters(model, model.head)
-    return _Run(
-        recipe=recipe,
-        paths=paths,
-        corpus=corpus,
-        model=model,
-        optimizers=[
-            Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay),
-            torch.optim.AdamW(
-                others, lr=recipe.lr_other, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-            ),
-        ],
-        step=0,
-        seconds=0.0,
-        history=[],
-    )
+    return build(model, recipe, [str(path.absolute()) for path in paths], corpus, device)
 
 
 def _check_sizes(corpus: Corpus, recipe: Recipe) -> None:
@@ -339,7 +190,7 @@ def _check_sizes(corpus: Corpus, recipe: Recipe) -> None:
         )
 
 
-def _step(run: _Run, device: torch.device) -> float:
+def _step(run: Run, device: torch.device) -> float:
     """One optimiser step; the loss in bits per byte."""
     recipe = run.recipe
     torch.manual_seed(step_seed(recipe.seed, run.step))  # dropout
@@ -357,7 +208,7 @@ def _step(run: _Run, device: torch.device) -> float:
     return loss.item() / math.log(2)
 
 
-def _finish(run: _Run, out: Path) -> None:
+def _finish(run: Run, out: Path) -> None:
     """Evaluation on all held-out bytes, the picture and the sample."""
     recipe = run.recipe
     held_out = bytes(run.corpus.held_out.tolist())
@@ -367,7 +218,7 @@ def _finish(run: _Run, out: Path) -> None:
         result = {"step": run.step, "held_out_all": bits, "seconds": run.seconds, **others}
         log_file.write(json.dumps(result) + "\n")
     total = recipe.steps * recipe.batch * recipe.context
-    print(f"trained on {total:,} bytes in {_clock(run.seconds)}")
+    print(f"trained on {total:,} bytes in {clock(run.seconds)}")
     print(
         f"held-out: {bits:.3f} bits per byte "
         f"({', '.join(f'{name} {value:.3f}' for name, value in others.items())})"
@@ -375,7 +226,7 @@ def _finish(run: _Run, out: Path) -> None:
     names = ["checkpoint.pt", "log.jsonl", "sample.txt"]
     try:
         title = f"Reformer on the bytes of {run.corpus.name}"
-        _plot(title, run.history, {"all held out": bits, **others}, out / "loss.png")
+        draw_losses(title, run.history, {"all held out": bits, **others}, out / "loss.png")
         names.append("loss.png")
     except ImportError:
         print("loss.png not drawn: matplotlib is absent (pip install matplotlib; then --resume)")
@@ -389,125 +240,3 @@ def _finish(run: _Run, out: Path) -> None:
     print(textwrap.indent(shown, "    ", lambda line: True))
     print(f"in {out}: {', '.join(names)}; for more of the like:")
     print(f"  reformer generate --checkpoint {shlex.quote(str(out / 'checkpoint.pt'))}")
-
-
-def _plot(title: str, history: list[dict[str, float]], lines: dict[str, float], path: Path) -> None:
-    """Loss by step, and the final held-out results as lines. ImportError without matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    steps = [line["step"] for line in history]
-    losses = [line["loss"] for line in history]
-    width = max(len(losses) // 50, 1)
-    windows = [losses[max(i - width, 0) : i + width + 1] for i in range(len(losses))]
-    smooth = [sum(window) / len(window) for window in windows]
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title=title)
-    axes.plot(steps, losses, color="0.85", linewidth=0.5)
-    axes.plot(steps, smooth, color="C0", label="training")
-    held_out = [line for line in history if "held_out" in line]
-    axes.plot(
-        [line["step"] for line in held_out],
-        [line["held_out"] for line in held_out],
-        "o-",
-        color="C1",
-        markersize=3,
-        label="held out, a part",
-    )
-    for index, (name, bits) in enumerate(lines.items()):
-        axes.axhline(
-            bits, color=f"C{index + 2}", linestyle="--", linewidth=1, label=f"{name}: {bits:.2f}"
-        )
-    axes.set_ylim(0, min(8.5, 1.05 * max(smooth)))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
-
-
-class _Progress:
-    """A bar on a terminal; elsewhere a line per evaluation."""
-
-    def __init__(self, steps: int, device: torch.device) -> None:
-        self.steps = steps
-        self.device = device
-        self.terminal = sys.stderr.isatty()
-        self.loss: float | None = None
-        self.rate: float | None = None  # tokens per second
-        self.held_out = ""
-
-    def update(self, record: dict[str, float], tokens: int, seconds: float) -> None:
-        loss, rate = record["loss"], tokens / seconds
-        # Means over some 20 steps.
-        self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
-        self.rate = rate if self.rate is None else 0.95 * self.rate + 0.05 * rate
-        if "held_out" in record:
-            self.held_out = f", held-out {record['held_out']:.3f}"
-        step = int(record["step"])
-        line = (
-            f"{step:,}/{self.steps:,}  {self.loss:.3f} bits/byte{self.held_out}  "
-            f"{self.rate:,.0f} tokens/s  {_memory(self.device)}  "
-            f"{_clock((self.steps - step) * tokens / self.rate)} left"
-        )
-        if self.terminal:
-            filled = 20 * step // self.steps
-            bar = "#" * filled + "." * (20 - filled)
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r{f'[{bar}] {line}':<{width}.{width}}", end="", file=sys.stderr, flush=True)
-        elif "held_out" in record or step == self.steps:
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.terminal:
-            print(file=sys.stderr)
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads"
-
-
-def _memory(device: torch.device) -> str:
-    """The peak so far: of the GPU's allocator, else of the process."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
-    try:
-        import resource
-    except ImportError:  # Windows
-        return ""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{peak / 2**30 if sys.platform == 'darwin' else peak / 2**20:.1f} GiB"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
-
-
-class _Interruptions:
-    """True once SIGINT or SIGTERM has come; a second one then acts as usual."""
-
-    def __init__(self) -> None:
-        self.came = False
-        self.previous: dict[int, Any] = {}
-
-    def __bool__(self) -> bool:
-        return self.came
-
-    def __enter__(self) -> _Interruptions:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous.clear()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
-        self.__exit__()
