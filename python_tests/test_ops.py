@@ -651,10 +651,8 @@ def next_values_inputs(
     return {"v": v, "value_mix": mix.to(device, mix_dtype).requires_grad_()}, mask
 
 
-@pytest.mark.parametrize("case", NEXT_VALUES_CASES, ids=str)
-@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+@pytest.mark.parametrize(("device", "dtype", "case"), everywhere(NEXT_VALUES_CASES))
 def test_next_values(case: AttentionCase, device: str, dtype: torch.dtype) -> None:
-    skip_unless_supported(case, device)
     inputs, mask = next_values_inputs(case, device, dtype)
     cotangents = attention_cotangents(case, device, dtype)[:1]
 
