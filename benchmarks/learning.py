@@ -307,7 +307,7 @@ def run_arm(
         for context in args.also
     }
     row["value_mix"] = [
-        parameter.flatten(1).tolist()
+        parameter.tolist()
         for key, parameter in model.named_parameters()
         if key.endswith("value_mix")
     ]

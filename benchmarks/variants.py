@@ -150,11 +150,11 @@ class _Changed(nn.Module):
         turns = torch.arange(2 * half, device=cos.device) % half < half // 2
         return torch.where(turns, cos, 1.0), torch.where(turns, sin, 0.0)
 
-    def parameter(self, *values: float, per_head: bool = True) -> nn.Parameter:
-        """``(len(values), H, 1, 1)`` for all heads alike."""
+    def per_head(self, *values: float, shape: Sequence[int] = ()) -> nn.Parameter:
+        """``(len(values), H, *shape)``, of these values at the start."""
         weight = self.in_proj.weight
-        column = torch.tensor(values, dtype=weight.dtype, device=weight.device)
-        return nn.Parameter(column[:, None, None, None].repeat(1, self.heads, 1, 1))
+        start = weight.new_tensor(values).view(-1, *[1] * (1 + len(shape)))
+        return nn.Parameter(start.repeat(1, self.heads, *shape))
 
     def refuse(self, options: Mapping[str, Any]) -> None:
         """Raises ValueError for arguments of the library's layer that are not taken here."""
@@ -180,13 +180,11 @@ class ChangedLSH(_Changed, LSHSelfAttention):
         if changes.next_values:
             if not self.causal:
                 raise ValueError("ChangedLSH: expected a causal layer with next_values")
-            self.value_mix = self.parameter(0.5, 0.5)
+            self.value_mix = self.per_head(0.5, 0.5)
         if changes.convolution == "keys":
-            self.taps = nn.Parameter(
-                self.parameter(1.0, 0.5, 0.25).detach().repeat(1, 1, 1, self.head_dim)
-            )
+            self.taps = self.per_head(1.0, 0.5, 0.25, shape=(1, self.head_dim))
         if changes.learnt_scale:
-            self.log_scale = self.parameter(math.log(3.0))
+            self.log_scale = self.per_head(math.log(3.0), shape=(1, 1))
 
     def forward(
         self,
@@ -225,7 +223,7 @@ class ChangedLSH(_Changed, LSHSelfAttention):
             buckets = self.hashed(hashed.detach(), n_buckets, n_hashes, hash_step)
         out = ops.lsh_attention(
             qk,
-            next_values(v, self.value_mix) if changes.next_values else v,
+            ops.next_values(v, self.value_mix) if changes.next_values else v,
             n_buckets=n_buckets,
             buckets=buckets.to(torch.int32),
             chunk_size=self.chunk_size,
@@ -310,7 +308,7 @@ class ChangedFull(_Changed, FullSelfAttention):
         if not self.causal:
             raise ValueError("ChangedFull: expected a causal layer")
         if changes.next_values:
-            self.value_mix = self.parameter(0.5, 0.5)
+            self.value_mix = self.per_head(0.5, 0.5)
         if changes.kv_shift:
             self.key_shift, self.value_shift = shift_weights(self), shift_weights(self)
 
@@ -328,7 +326,7 @@ class ChangedFull(_Changed, FullSelfAttention):
         qk, v = projected
         if rotary is not None:
             qk = apply_rotary(qk, rotary)
-        w = next_values(v, self.value_mix) if self.changes.next_values else v
+        w = ops.next_values(v, self.value_mix) if self.changes.next_values else v
         k = F.normalize(qk, dim=-1)
         rest = exact(qk[:, :, 1:], k[:, :, :-1], w[:, :, :-1], self.scale)
         return self.joined(torch.cat([v[:, :, :1], rest], dim=2))
@@ -377,13 +375,6 @@ def shifted_and_turned(layer: _Changed, projected: Tensor, rotary: Rotary) -> Se
 def before(x: Tensor, positions: int = 1) -> Tensor:
     """``x (B, H, L, D)`` of so many positions before, zeros at the start."""
     return F.pad(x, (0, 0, positions, 0))[:, :, : x.shape[2]]
-
-
-def next_values(v: Tensor, mix: Tensor) -> Tensor:
-    """``a v_j + b v_{j+1}`` of ``v (B, H, L, D)``, mix ``(2, H, 1, 1)``. The last position, which
-    nobody may attend to, is ``(a + b) v``."""
-    a, b = mix.to(v.dtype)
-    return a * v + b * torch.cat([v[:, :, 1:], v[:, :, -1:]], dim=2)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
