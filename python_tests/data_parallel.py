@@ -2,7 +2,8 @@
 
 ``probe`` only adds two numbers over the process group: it tells a machine where gloo does not work
 from a defect of ours. The other jobs leave the rank's gradients in the folder: ``replicated`` under
-DistributedDataParallel, two micro-batches accumulated; ``sharded`` under FSDP2.
+DistributedDataParallel, two micro-batches accumulated; ``sharded`` under FSDP2; either with
+``_schedule`` of a stack that calls its blocks several times.
 """
 
 from __future__ import annotations
@@ -17,19 +18,51 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 
-from reformer_ext.nn import ReformerConfig, ReformerLM
+from reformer_ext.nn import ReformerConfig, ReformerLM, ReversibleStack
 
 
-def case() -> tuple[ReformerLM, Tensor]:
-    """The model and the batch, one sequence a rank."""
+class Repeated(nn.Module):
+    """Three blocks, one without G, called eight times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, 16)
+        f, g = ([self.layer() for _ in range(3)] for _ in range(2))
+        pairs = [(f[0], g[0]), (f[1], g[1]), (f[2], None)]
+        self.layers = ReversibleStack(pairs, schedule=[0, 1, 2, 0, 1, 0, 0, 2])
+
+    def layer(self) -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.Tanh())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.cat(self.layers(self.embedding(tokens)), dim=-1)
+
+
+def case(job: str) -> tuple[nn.Module, Tensor]:
+    """The job's model and the batch, one sequence a rank."""
     torch.manual_seed(0)
+    tokens = torch.arange(2 * 30).view(2, 30) % 256
+    if job.endswith("_schedule"):
+        return Repeated().double(), tokens
     fields = {"dim": 16, "heads": 2, "layers": ("local", "lsh"), "n_hashes": 2, "chunk_size": 8}
     config = ReformerConfig(**fields, local_chunk_size=8, tie_embeddings=True)
-    return ReformerLM(config).double(), torch.arange(2 * 30).view(2, 30) % 256
+    return ReformerLM(config).double(), tokens
 
 
-def replicated(rank: int) -> list[Tensor | None]:
-    model, tokens = case()
+def stack_of(model: nn.Module) -> ReversibleStack:
+    (stack,) = (module for module in model.modules() if isinstance(module, ReversibleStack))
+    return stack
+
+
+def halve_gradients(model: nn.Module) -> None:
+    """By hooks, which must run once: on each rank's gradient, before their mean."""
+    for parameter in model.parameters():
+        parameter.register_hook(lambda grad: grad / 2)
+
+
+def replicated(job: str, rank: int) -> list[Tensor | None]:
+    model, tokens = case(job)
+    halve_gradients(model)
     wrapped = nn.parallel.DistributedDataParallel(model)
     for _ in range(2):  # the second step finds the reducer as the first left it
         wrapped.zero_grad()
@@ -39,10 +72,10 @@ def replicated(rank: int) -> list[Tensor | None]:
     return [p.grad for p in model.parameters()]
 
 
-def sharded(rank: int) -> list[Tensor]:
-    model, tokens = case()
+def sharded(job: str, rank: int) -> list[Tensor]:
+    model, tokens = case(job)
     # Around the stack, which recomputes its blocks in one backward: they are gathered together.
-    fully_shard(model.reformer.layers)
+    fully_shard(stack_of(model))
     fully_shard(model)
     for _ in range(2):
         model.zero_grad()
@@ -66,20 +99,26 @@ def main(job: str, rank: int, folder: Path) -> None:
         distributed.all_reduce(total)
         assert total.item() == 2
     else:
-        torch.save(JOBS[job](rank), folder / f"{job}-{rank}.pt")
+        torch.save(JOBS[job](job, rank), folder / f"{job}-{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def sharded_blocks(rank: int) -> list[Tensor]:
-    model, tokens = case()
-    fully_shard(model.reformer.layers.blocks[0].f)
+def sharded_blocks(job: str, _rank: int) -> list[Tensor]:
+    model, tokens = case(job)
+    fully_shard(stack_of(model).blocks[0].f)
     with pytest.raises(RuntimeError, match="fully_shard to the stack, not to its blocks"):
         model(tokens)
     return []
 
 
-JOBS = {"replicated": replicated, "sharded": sharded, "sharded_blocks": sharded_blocks}
+JOBS = {
+    "replicated": replicated,
+    "replicated_schedule": replicated,
+    "sharded": sharded,
+    "sharded_schedule": sharded,
+    "sharded_blocks": sharded_blocks,
+}
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

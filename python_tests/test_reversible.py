@@ -7,6 +7,7 @@ reformer-pytorch (RP).
 from __future__ import annotations
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+import reformer_ext
 from reformer_ext import ops
 from reformer_ext.nn import Reformer, ReformerConfig, ReformerLM, ReversibleStack
 from reformer_ext.nn.reversible import ReversibleBlock
@@ -969,11 +971,13 @@ def test_whole_model_compiles_around_the_stack() -> None:
 def _two_ranks(job: str, folder: Path) -> str:
     """Runs both ranks of data_parallel.py; what they complained of, or nothing. Never hangs."""
     script = Path(__file__).with_name("data_parallel.py")
+    tested = str(Path(reformer_ext.__file__).parents[1])  # not another that is installed
     processes = [
         subprocess.Popen(
             [sys.executable, script, job, str(rank), folder],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": tested},
             text=True,
         )
         for rank in range(2)
@@ -990,22 +994,32 @@ def _two_ranks(job: str, folder: Path) -> str:
     return complaints
 
 
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    if _two_ranks("probe", tmp_path_factory.mktemp("probe")):
+        pytest.skip("torch's gloo cannot connect two processes of this machine")
+
+
+@pytest.mark.usefixtures("two_processes")
 def test_sharding_single_blocks_is_refused(tmp_path: Path) -> None:
     """Its parameters would silently get no gradient."""
-    if _two_ranks("probe", tmp_path):
-        pytest.skip("torch's gloo cannot connect two processes of this machine")
     complaints = _two_ranks("sharded_blocks", tmp_path)
     assert not complaints, complaints
 
 
-@pytest.mark.parametrize("job", ["replicated", "sharded"])
+@pytest.mark.usefixtures("two_processes")
+@pytest.mark.parametrize(
+    "job", ["replicated", "replicated_schedule", "sharded", "sharded_schedule"]
+)
 def test_two_processes(job: str, tmp_path: Path) -> None:
-    """DDP and FSDP2: the mean gradient of the batch, accumulated, tied embeddings included."""
-    if _two_ranks("probe", tmp_path):
-        pytest.skip("torch's gloo cannot connect two processes of this machine")
+    """DDP and FSDP2: the mean gradient of the batch, accumulated, tied embeddings and blocks that
+    are called several times included; under DDP each parameter's hook runs once."""
     complaints = _two_ranks(job, tmp_path)
     assert not complaints, complaints
-    model, tokens = data_parallel.case()
+    model, tokens = data_parallel.case(job)
+    data_parallel.stack_of(model).reversible = False
+    if job.startswith("replicated"):
+        data_parallel.halve_gradients(model)
     for _ in range(2):
         model.zero_grad()
         model(tokens[:, :13]).square().mean().backward()
