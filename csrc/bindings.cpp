@@ -3,6 +3,7 @@
 // callers that want the C++ API as it is, and says what it was built for.
 #include <torch/csrc/utils/pybind.h>
 
+#include "attention_options.h"
 #include "reformer.h"
 
 namespace {
@@ -20,19 +21,11 @@ PYBIND11_MODULE(_C, m) {
   using reformer::AttentionOptions;
   using release_gil = py::call_guard<py::gil_scoped_release>;
 
-  py::class_<AttentionOptions>(m, "AttentionOptions", py::metaclass((PyObject*)&PyType_Type))
-      .def(py::init<>())
-      .def_readwrite("chunk_size", &AttentionOptions::chunk_size)
-      .def_readwrite("look_back", &AttentionOptions::look_back)
-      .def_readwrite("look_ahead", &AttentionOptions::look_ahead)
-      .def_readwrite("causal", &AttentionOptions::causal)
-      .def_readwrite("mask_self", &AttentionOptions::mask_self)
-      .def_readwrite("wrap", &AttentionOptions::wrap)
-      .def_readwrite("scale", &AttentionOptions::scale)
-      .def_readwrite("key_padding_mask", &AttentionOptions::key_padding_mask)
-      .def_readwrite("correct_duplicates", &AttentionOptions::correct_duplicates)
-      .def_readwrite("dropout_p", &AttentionOptions::dropout_p)
-      .def_readwrite("dropout_seed", &AttentionOptions::dropout_seed);
+  py::class_<AttentionOptions> options(m, "AttentionOptions",
+                                       py::metaclass((PyObject*)&PyType_Type));
+  options.def(py::init<>());
+  reformer::for_each_option<AttentionOptions>(
+      [&](const auto& option) { options.def_readwrite(option.name, option.member); });
 
   m.def("lsh_hash", &reformer::lsh_hash, py::arg("x"), py::arg("rotations"), py::arg("n_buckets"),
         py::arg("key_padding_mask") = py::none(), release_gil());

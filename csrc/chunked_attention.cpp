@@ -23,10 +23,6 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 constexpr const char* kOp = "chunked_attention";
 
-std::optional<at::Tensor> optional(const at::Tensor& x) {
-  return x.defined() ? std::optional<at::Tensor>(x) : std::nullopt;
-}
-
 void check_indices(const char* name, const at::Tensor& indices, const at::Tensor& q,
                    const c10::SymInt& rounds) {
   check_rank(kOp, name, indices, 4, "[B, H, R, L]");
@@ -36,19 +32,17 @@ void check_indices(const char* name, const at::Tensor& indices, const at::Tensor
   check_device(kOp, name, indices, q);
 }
 
+std::optional<at::Tensor> optional(const at::Tensor& x) {
+  return x.defined() ? std::optional<at::Tensor>(x) : std::nullopt;
+}
+
 at::ScalarType lse_dtype(const at::Tensor& q) {
   return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 }  // namespace
 
-ChunkedAttentionArgs check_chunked_attention(
-    const at::Tensor& q, const std::optional<at::Tensor>& k, const at::Tensor& v,
-    const std::optional<at::Tensor>& order, int64_t chunk_size, int64_t look_back,
-    int64_t look_ahead, bool causal, std::optional<bool> mask_self, std::optional<bool> wrap,
-    std::optional<double> scale, const std::optional<at::Tensor>& key_padding_mask,
-    const std::optional<at::Tensor>& buckets, bool correct_duplicates, double dropout_p,
-    const std::optional<at::Tensor>& dropout_seed) {
+void ChunkedAttentionArgs::resolve() {
   check_heads(kOp, "q", q);
   REFORMER_CHECK(q.sym_size(2) < (int64_t{1} << 31), kOp,
                  ": expected less than 2^31 positions, got q of shape ", q.sym_sizes());
@@ -92,31 +86,11 @@ ChunkedAttentionArgs check_chunked_attention(
     check_device(kOp, "dropout_seed", *dropout_seed, q);
   }
 
-  ChunkedAttentionArgs args;
-  args.q = q;
-  args.v = v;
-  args.k = k.value_or(at::Tensor());
-  args.order = order.value_or(at::Tensor());
-  args.key_padding_mask = key_padding_mask.value_or(at::Tensor());
-  args.buckets = buckets.value_or(at::Tensor());
-  args.dropout_seed = dropout_seed.value_or(at::Tensor());
-  args.chunk_size = chunk_size;
-  args.look_back = look_back;
-  args.look_ahead = look_ahead;
-  args.causal = causal;
-  args.mask_self = mask_self.value_or(!k.has_value());
-  args.wrap = wrap.value_or(order.has_value());
-  args.correct_duplicates = correct_duplicates;
-  args.scale_given = scale;
-  args.dropout_p = dropout_p;
-  return args;
+  mask_self = mask_self.value_or(shared_qk());
+  wrap = wrap.value_or(order.has_value());
 }
 
-ChunkedAttentionResults check_chunked_attention_results(const ChunkedAttentionArgs& args,
-                                                        const at::Tensor& grad_out,
-                                                        const std::optional<at::Tensor>& grad_lse,
-                                                        const at::Tensor& out,
-                                                        const at::Tensor& lse) {
+void ChunkedAttentionResults::check(const ChunkedAttentionArgs& args) const {
   constexpr const char* op = "chunked_attention_backward";
   const at::Tensor& q = args.q;
   const auto check = [&](const char* name, const at::Tensor& x, c10::SymIntArrayRef shape,
@@ -130,7 +104,6 @@ ChunkedAttentionResults check_chunked_attention_results(const ChunkedAttentionAr
   check("out", out, q.sym_sizes(), q.scalar_type());
   check("lse", lse, rows, lse_dtype(q));
   if (grad_lse.has_value()) check("grad_lse", *grad_lse, rows, lse_dtype(q));
-  return {out, lse, grad_out, grad_lse.value_or(at::Tensor())};
 }
 
 at::Tensor chunked_attention_output(const at::Tensor& q) {
@@ -149,34 +122,30 @@ at::Tensor chunked_attention_lse(const at::Tensor& q) {
 
 Gradients chunked_attention_grads(const ChunkedAttentionArgs& args) {
   return {chunked_attention_output(args.q),
-          args.shared_qk() ? at::empty({0}, args.q.options()) : chunked_attention_output(args.k),
+          args.shared_qk() ? at::empty({0}, args.q.options()) : chunked_attention_output(*args.k),
           chunked_attention_output(args.v)};
 }
 
 namespace {
 
 // Through the dispatcher.
-Outputs chunked_attention(const ChunkedAttentionArgs& args) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("reformer::chunked_attention", "")
-                             .typed<decltype(chunked_attention_entry<chunked_attention>)>();
-  return op.call(args.q, optional(args.k), args.v, optional(args.order), args.chunk_size,
-                 args.look_back, args.look_ahead, args.causal, args.mask_self, args.wrap,
-                 args.scale_given, optional(args.key_padding_mask), optional(args.buckets),
-                 args.correct_duplicates, args.dropout_p, optional(args.dropout_seed));
+Outputs call(const ChunkedAttentionArgs& args) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("reformer::chunked_attention", "")
+          .typed<std::remove_pointer_t<decltype(chunked_attention_entry<call>)>>();
+  const ChunkedAttentionOptions& options = args;
+  return call_with_options(op, options, args.q, args.k, args.v, args.order);
 }
 
-Gradients chunked_attention_backward(const ChunkedAttentionArgs& args,
-                                     const ChunkedAttentionResults& results) {
+Gradients call(const ChunkedAttentionArgs& args, const ChunkedAttentionResults& results) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("reformer::chunked_attention_backward", "")
-          .typed<decltype(chunked_attention_backward_entry<chunked_attention_backward>)>();
-  return op.call(results.grad_out, optional(results.grad_lse), args.q, optional(args.k), args.v,
-                 optional(args.order), results.out, results.lse, args.chunk_size, args.look_back,
-                 args.look_ahead, args.causal, args.mask_self, args.wrap, args.scale_given,
-                 optional(args.key_padding_mask), optional(args.buckets), args.correct_duplicates,
-                 args.dropout_p, optional(args.dropout_seed));
+          .typed<std::remove_pointer_t<decltype(chunked_attention_backward_entry<call>)>>();
+  const ChunkedAttentionOptions& options = args;
+  return call_with_options(op, options, results.grad_out, results.grad_lse, args.q, args.k, args.v,
+                           args.order, results.out, results.lse);
 }
 
 Outputs chunked_attention_meta(const ChunkedAttentionArgs& args) {
@@ -186,6 +155,31 @@ Outputs chunked_attention_meta(const ChunkedAttentionArgs& args) {
 Gradients chunked_attention_backward_meta(const ChunkedAttentionArgs& args,
                                           const ChunkedAttentionResults&) {
   return chunked_attention_grads(args);
+}
+
+// Options that are tensors are saved with the others, behind those that `saved` already holds.
+void save(const ChunkedAttentionOptions& options, torch::autograd::AutogradContext* ctx,
+          torch::autograd::variable_list& saved) {
+  for_each_option<ChunkedAttentionOptions>([&](const auto& option) {
+    const auto& value = options.*option.member;
+    if constexpr (is_tensor_option<decltype(value)>) {
+      saved.push_back(value.value_or(at::Tensor()));
+    } else {
+      ctx->saved_data[option.name] = value;
+    }
+  });
+}
+
+void load(ChunkedAttentionOptions& options, torch::autograd::AutogradContext* ctx,
+          const at::Tensor* saved) {
+  for_each_option<ChunkedAttentionOptions>([&](const auto& option) {
+    auto& value = options.*option.member;
+    if constexpr (is_tensor_option<decltype(value)>) {
+      value = optional(*saved++);
+    } else {
+      value = ctx->saved_data[option.name].template to<std::decay_t<decltype(value)>>();
+    }
+  });
 }
 
 struct ChunkedAttentionFunction : torch::autograd::Function<ChunkedAttentionFunction> {
@@ -198,19 +192,12 @@ struct ChunkedAttentionFunction : torch::autograd::Function<ChunkedAttentionFunc
                                                 const at::Tensor& v,
                                                 const ChunkedAttentionArgs& args) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [out, lse] = chunked_attention(args);
+    const auto [out, lse] = call(args);
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({q, k.value_or(at::Tensor()), v, args.order, args.key_padding_mask,
-                            args.buckets, args.dropout_seed, out, lse});
-    ctx->saved_data["chunk_size"] = args.chunk_size;
-    ctx->saved_data["look_back"] = args.look_back;
-    ctx->saved_data["look_ahead"] = args.look_ahead;
-    ctx->saved_data["causal"] = args.causal;
-    ctx->saved_data["mask_self"] = args.mask_self;
-    ctx->saved_data["wrap"] = args.wrap;
-    ctx->saved_data["correct_duplicates"] = args.correct_duplicates;
-    ctx->saved_data["scale"] = args.scale_given;
-    ctx->saved_data["dropout_p"] = args.dropout_p;
+    torch::autograd::variable_list saved{
+        q, k.value_or(at::Tensor()), v, args.order.value_or(at::Tensor()), out, lse};
+    save(args, ctx, saved);
+    ctx->save_for_backward(std::move(saved));
     return {out, lse};
   }
 
@@ -218,59 +205,38 @@ struct ChunkedAttentionFunction : torch::autograd::Function<ChunkedAttentionFunc
                                                  torch::autograd::variable_list grads) {
     if (!grads[0].defined() && !grads[1].defined()) return {{}, {}, {}, {}};
     const torch::autograd::variable_list saved = ctx->get_saved_variables();
-    ChunkedAttentionArgs args;
-    args.q = saved[0];
-    args.k = saved[1];
-    args.v = saved[2];
-    args.order = saved[3];
-    args.key_padding_mask = saved[4];
-    args.buckets = saved[5];
-    args.dropout_seed = saved[6];
-    args.chunk_size = ctx->saved_data["chunk_size"].toInt();
-    args.look_back = ctx->saved_data["look_back"].toInt();
-    args.look_ahead = ctx->saved_data["look_ahead"].toInt();
-    args.causal = ctx->saved_data["causal"].toBool();
-    args.mask_self = ctx->saved_data["mask_self"].toBool();
-    args.wrap = ctx->saved_data["wrap"].toBool();
-    args.correct_duplicates = ctx->saved_data["correct_duplicates"].toBool();
-    args.scale_given = ctx->saved_data["scale"].toOptional<double>();
-    args.dropout_p = ctx->saved_data["dropout_p"].toDouble();
-
-    ChunkedAttentionResults results{saved[7], saved[8], grads[0], grads[1]};
+    ChunkedAttentionArgs args{{}, saved[0], saved[2], optional(saved[1]), optional(saved[3])};
+    load(args, ctx, &saved[6]);
+    ChunkedAttentionResults results{grads[0], optional(grads[1]), saved[4], saved[5]};
     if (!results.grad_out.defined()) {  // only lse was used: one zero, expanded
       results.grad_out =
           at::zeros({1, 1, 1, 1}, args.q.options()).expand_symint(args.q.sym_sizes());
     }
-    auto [grad_q, grad_k, grad_v] = chunked_attention_backward(args, results);
+    auto [grad_q, grad_k, grad_v] = call(args, results);
     return {grad_q, args.shared_qk() ? at::Tensor() : grad_k, grad_v, {}};
   }
 };
 
-Outputs chunked_attention_autograd(const ChunkedAttentionArgs& args) {
-  const auto outputs = ChunkedAttentionFunction::apply(args.q, optional(args.k), args.v, args);
+Outputs chunked_attention_autograd(const ChunkedAttentionOptions& options, const at::Tensor& q,
+                                   const std::optional<at::Tensor>& k, const at::Tensor& v,
+                                   const std::optional<at::Tensor>& order) {
+  const auto outputs =
+      ChunkedAttentionFunction::apply(q, k, v, ChunkedAttentionArgs{options, q, v, k, order});
   return {outputs[0], outputs[1]};
 }
 
 // q, k and v in autocast's dtype; masks, indices and seed as they are.
 template <c10::DispatchKey autocast_key, at::DeviceType device_type>
-Outputs chunked_attention_autocast(const at::Tensor& q, const std::optional<at::Tensor>& k,
-                                   const at::Tensor& v, const std::optional<at::Tensor>& order,
-                                   int64_t chunk_size, int64_t look_back, int64_t look_ahead,
-                                   bool causal, std::optional<bool> mask_self,
-                                   std::optional<bool> wrap, std::optional<double> scale,
-                                   const std::optional<at::Tensor>& key_padding_mask,
-                                   const std::optional<at::Tensor>& buckets,
-                                   bool correct_duplicates, double dropout_p,
-                                   const std::optional<at::Tensor>& dropout_seed) {
+Outputs chunked_attention_autocast(const ChunkedAttentionOptions& options, const at::Tensor& q,
+                                   const std::optional<at::Tensor>& k, const at::Tensor& v,
+                                   const std::optional<at::Tensor>& order) {
   const c10::impl::ExcludeDispatchKeyGuard guard(autocast_key);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device_type);
   const auto cast = [&](const at::Tensor& x) {
     return at::autocast::cached_cast(dtype, x, device_type);
   };
-  return chunked_attention(check_chunked_attention(
-      cast(q), k.has_value() ? std::optional<at::Tensor>(cast(*k)) : k, cast(v), order, chunk_size,
-      look_back, look_ahead, causal, mask_self, wrap, scale, key_padding_mask, buckets,
-      correct_duplicates, dropout_p, dropout_seed));
+  return call({options, cast(q), cast(v),
+               k.has_value() ? std::optional<at::Tensor>(cast(*k)) : std::nullopt, order});
 }
 
 }  // namespace
@@ -279,10 +245,7 @@ Outputs chunked_attention(const at::Tensor& q, const std::optional<at::Tensor>& 
                           const at::Tensor& v, const std::optional<at::Tensor>& order,
                           const AttentionOptions& options,
                           const std::optional<at::Tensor>& buckets) {
-  return chunked_attention(check_chunked_attention(
-      q, k, v, order, options.chunk_size, options.look_back, options.look_ahead, options.causal,
-      options.mask_self, options.wrap, options.scale, options.key_padding_mask, buckets,
-      options.correct_duplicates, options.dropout_p, options.dropout_seed));
+  return call({{options, buckets}, q, v, k, order});
 }
 
 namespace {
@@ -297,11 +260,7 @@ void set_workspace_limit(int64_t bytes) {
 int64_t workspace_limit() { return workspace_limit_bytes; }
 
 TORCH_LIBRARY_FRAGMENT(reformer, m) {
-  const std::string options =
-      "int chunk_size=64, int look_back=1, int look_ahead=0, bool causal=False, "
-      "bool? mask_self=None, bool? wrap=None, float? scale=None, Tensor? key_padding_mask=None, "
-      "Tensor? buckets=None, bool correct_duplicates=False, float dropout_p=0.0, "
-      "Tensor? dropout_seed=None)";
+  const std::string options = schema_of_options<ChunkedAttentionOptions>() + ")";
   m.def(torch::schema(("chunked_attention(Tensor q, Tensor? k, Tensor v, Tensor? order=None, *, " +
                        options + " -> (Tensor out, Tensor lse)")
                           .c_str()),
@@ -320,18 +279,23 @@ TORCH_LIBRARY_IMPL(reformer, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL(reformer, Autograd, m) {
-  m.impl("chunked_attention", TORCH_FN(chunked_attention_entry<chunked_attention_autograd>));
+  m.impl("chunked_attention",
+         TORCH_FN((spread_options<ChunkedAttentionOptions, chunked_attention_autograd>)));
   m.impl("chunked_attention_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(reformer, AutocastCPU, m) {
   m.impl("chunked_attention",
-         TORCH_FN((chunked_attention_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>)));
+         TORCH_FN((
+             spread_options<ChunkedAttentionOptions,
+                            chunked_attention_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>>)));
 }
 
 TORCH_LIBRARY_IMPL(reformer, AutocastCUDA, m) {
   m.impl("chunked_attention",
-         TORCH_FN((chunked_attention_autocast<c10::DispatchKey::Autocast, at::kCUDA>)));
+         TORCH_FN(
+             (spread_options<ChunkedAttentionOptions,
+                             chunked_attention_autocast<c10::DispatchKey::Autocast, at::kCUDA>>)));
 }
 
 }  // namespace reformer

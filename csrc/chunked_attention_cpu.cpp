@@ -65,7 +65,7 @@ struct Line {
         chunk(std::min(args.chunk_size, length)),
         per_round(divide_up(length, chunk)),
         total(rounds * per_round),
-        wrap(args.wrap) {
+        wrap(*args.wrap) {
     const int64_t others = (wrap ? total : per_round) - 1;
     back = std::min(args.look_back, others);
     ahead = std::min(args.look_ahead, wrap ? others - back : others);
@@ -419,19 +419,19 @@ Problem<T>::Problem(const ChunkedAttentionArgs& args)
       width(pad_to_lanes<T>(head_dim) + Lanes<T>::kSize),
       shared_qk(args.shared_qk()),
       causal(args.causal),
-      mask_self(args.mask_self),
+      mask_self(*args.mask_self),
       correct_duplicates(args.correct_duplicates),
-      scale(static_cast<T>(args.scale())),
+      scale(static_cast<T>(args.resolved_scale())),
       q(args.q),
       v(args.v),
       dropout_p(args.dropout_p) {
-  if (!shared_qk) k = Rows(args.k);
-  if (args.order.defined()) order = args.order.contiguous();
-  if (args.buckets.defined()) buckets = args.buckets.contiguous();
-  if (args.key_padding_mask.defined()) padding = args.key_padding_mask.contiguous();
+  if (!shared_qk) k = Rows(*args.k);
+  if (args.order) order = args.order->contiguous();
+  if (args.buckets) buckets = args.buckets->contiguous();
+  if (args.key_padding_mask) padding = args.key_padding_mask->contiguous();
   if (dropout_p > 0.0) {
     dropout_threshold = reformer::dropout_threshold(dropout_p);
-    dropout_seed = static_cast<uint64_t>(*args.dropout_seed.template const_data_ptr<int64_t>());
+    dropout_seed = static_cast<uint64_t>(*args.dropout_seed->template const_data_ptr<int64_t>());
   }
   const int64_t rounds = batch * heads * line.rounds;
   if (correct_duplicates) chunk_of = Buffer<int32_t>(rounds * length);
@@ -957,8 +957,7 @@ void backward(const ChunkedAttentionArgs& args, const ChunkedAttentionResults& r
   const Rows grad_q_rows(grad_q), grad_v_rows(grad_v);
   const Rows grad_k_rows = p.shared_qk ? Rows() : Rows(grad_k);
   const at::Tensor lse = results.lse.contiguous();
-  const at::Tensor grad_lse =
-      results.grad_lse.defined() ? results.grad_lse.contiguous() : at::Tensor();
+  const at::Tensor grad_lse = results.grad_lse ? results.grad_lse->contiguous() : at::Tensor();
   const T* lse_data = lse.template const_data_ptr<T>();
   const Buffer<T> delta(lse.numel());
   at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {

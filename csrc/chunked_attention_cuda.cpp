@@ -25,13 +25,15 @@ void check_length(const char* op, const ChunkedAttentionArgs& args) {
                  " positions in ", args.rounds(), " rounds");
 }
 
-at::Tensor contiguous(const at::Tensor& x) { return x.defined() ? x.contiguous() : x; }
+void make_contiguous(std::optional<at::Tensor>& x) {
+  if (x.has_value()) x = x->contiguous();
+}
 
 ChunkedAttentionArgs kernel_ready(ChunkedAttentionArgs args) {
   args.q = with_aligned_rows(args.q);
   args.v = with_aligned_rows(args.v);
-  if (args.k.defined()) args.k = with_aligned_rows(args.k);
-  for (at::Tensor* x : {&args.order, &args.key_padding_mask, &args.buckets}) *x = contiguous(*x);
+  if (args.k.has_value()) args.k = with_aligned_rows(*args.k);
+  for (auto* x : {&args.order, &args.key_padding_mask, &args.buckets}) make_contiguous(*x);
   return args;
 }
 
@@ -40,14 +42,14 @@ HeadsView view_of(const at::Tensor& x) {
 }
 
 template <typename T>
-const T* data_of(const at::Tensor& x) {
-  return x.defined() ? x.const_data_ptr<T>() : nullptr;
+const T* data_of(const std::optional<at::Tensor>& x) {
+  return x.has_value() ? x->const_data_ptr<T>() : nullptr;
 }
 
 // Everything but the results. Keeps no tensor alive: args must outlive the launch.
 void fill(ChunkedAttentionParams& params, const ChunkedAttentionArgs& args) {
   params.q = view_of(args.q);
-  if (!args.shared_qk()) params.k = view_of(args.k);
+  if (!args.shared_qk()) params.k = view_of(*args.k);
   params.v = view_of(args.v);
   params.order = data_of<int32_t>(args.order);
   params.buckets = data_of<int32_t>(args.buckets);
@@ -63,10 +65,10 @@ void fill(ChunkedAttentionParams& params, const ChunkedAttentionArgs& args) {
   params.look_back = args.look_back;
   params.look_ahead = args.look_ahead;
   params.causal = args.causal;
-  params.mask_self = args.mask_self;
-  params.wrap = args.wrap;
+  params.mask_self = *args.mask_self;
+  params.wrap = *args.wrap;
   params.correct_duplicates = args.correct_duplicates;
-  params.scale = static_cast<float>(args.scale());
+  params.scale = static_cast<float>(args.resolved_scale());
   params.dropout_p = args.dropout_p;
   params.workspace_cap = workspace_limit();
 }
@@ -105,7 +107,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> chunked_attention_backward_cuda(
   const ChunkedAttentionArgs args = kernel_ready(given);
   const at::Tensor out = with_aligned_rows(results.out),
                    grad_out = with_aligned_rows(results.grad_out);
-  const at::Tensor lse = results.lse.contiguous(), grad_lse = contiguous(results.grad_lse);
+  const at::Tensor lse = results.lse.contiguous();
+  std::optional<at::Tensor> grad_lse = results.grad_lse;
+  make_contiguous(grad_lse);
   ChunkedAttentionBackwardParams params = {};
   fill(params, args);
   params.out = view_of(out);
