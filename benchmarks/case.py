@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 import reformer_ext
+from python_tests.cases import AttentionCase, variant
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VARIANTS = ("plain", "padding", "same-bucket", "duplicates", "dropout", "local")
-DROPOUT_P, DROPOUT_SEED = 0.1, 7
 SETS = 4  # of inputs, used in turn: no call finds the inputs of the last one in a cache
 
 Forward = Callable[..., Tensor]  # of a set of inputs
@@ -24,8 +23,9 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and flags. ``variant``: plain, with the last eighth of the positions padding, the same
-    bucket only, duplicate pairs corrected, dropout, or local attention (no hash; separate keys)."""
+    """Sizes and flags. ``variant``, as python_tests/cases.py has them: plain, with the last eighth
+    of the positions padding, the same bucket only, duplicate pairs corrected, dropout, or local
+    attention (no hash; separate keys)."""
 
     length: int
     variant: str = "plain"
@@ -44,6 +44,21 @@ class Case:
         causal = "causal" if self.causal else "not causal"
         return (
             f"{self.variant}, {sizes}{rounds}, chunks of {self.chunk_size}, {self.dtype}, {causal}"
+        )
+
+    @property
+    def attention(self) -> AttentionCase:
+        """The same in the terms of the tests."""
+        return variant(
+            self.variant,
+            id=str(self),
+            batch=self.batch,
+            heads=self.heads,
+            length=self.length,
+            head_dim=self.head_dim,
+            rounds=self.n_hashes,
+            chunk_size=self.chunk_size,
+            causal=self.causal,
         )
 
     @property
@@ -123,19 +138,16 @@ class Workload:
             for _ in range(SETS)
         ]
         self.cotangent = torch.randn(case.shape, **options)
-        self.options: dict[str, object] = {"chunk_size": case.chunk_size, "causal": case.causal}
-        self.padding = None
-        if case.variant == "padding":
-            self.padding = torch.zeros(
-                case.batch, case.length, dtype=torch.bool, device=case.device
-            )
-            self.padding[:, case.length - case.length // 8 :] = True
-            self.options["key_padding_mask"] = self.padding
-        elif case.variant == "duplicates":
-            self.options["correct_duplicates"] = True
-        elif case.variant == "dropout":
-            seed = torch.tensor([DROPOUT_SEED], device=case.device)
-            self.options |= {"dropout_p": DROPOUT_P, "dropout_seed": seed}
+        attention = case.attention
+        self.same_bucket = attention.same_bucket
+        self.padding = None if attention.padding is None else attention.mask().to(case.device)
+        self.options: dict[str, object] = {
+            **attention.options,
+            "key_padding_mask": self.padding,
+        }
+        if attention.dropout_p > 0.0:  # on the device: no copy is timed
+            seed = self.options["dropout_seed"]
+            self.options["dropout_seed"] = torch.tensor([seed], device=case.device)
         self.order = self.buckets = None
         if not case.local:
             self.rotations = reformer_ext.sample_rotations(
@@ -154,7 +166,7 @@ class Workload:
         """The attention alone, in the order of the first set of inputs."""
         *query_key, v = inputs
         q, k = query_key if self.case.local else (query_key[0], None)
-        buckets = self.buckets if self.case.variant == "same-bucket" else None
+        buckets = self.buckets if self.same_bucket else None
         return reformer_ext.chunked_attention(q, k, v, self.order, buckets=buckets, **self.options)[
             0
         ]
@@ -169,7 +181,7 @@ class Workload:
             v,
             rotations=self.rotations,
             n_buckets=self.case.n_buckets,
-            same_bucket=self.case.variant == "same-bucket",
+            same_bucket=self.same_bucket,
             **self.options,
             **options,
         )

@@ -65,7 +65,7 @@ def check_twin(twin: Workload) -> dict[str, float]:
     got = twin.forward(*inputs)
     *query_key, v = oracle
     q, k = query_key if twin.case.local else (query_key[0], None)
-    buckets = twin.buckets if twin.case.variant == "same-bucket" else None
+    buckets = twin.buckets if twin.same_bucket else None
     expected, _ = reference.chunked_attention(q, k, v, twin.order, buckets=buckets, **twin.options)
     results = gradients(got, inputs, twin.cotangent, twin)
     wanted = gradients(expected, oracle, twin.cotangent, twin)
@@ -101,7 +101,7 @@ def check_sampled(work: Workload) -> dict[str, float]:
 
     oracle = [some_heads(x.detach()).double().requires_grad_() for x in inputs]
     expected, expected_lse = sampled_attention(work, oracle, queries, some_heads)
-    if case.variant == "dropout":
+    if case.attention.dropout_p > 0.0:
         _, lse = work.lsh_attention(*[x.detach() for x in inputs], return_lse=True)
         ordinary = expected_lse > reference.SELF_ONLY_LSE
         got = some_heads(lse)[:, queries][ordinary]
@@ -153,7 +153,7 @@ def sampled_attention(
     if work.padding is not None:
         padding = some_heads(work.padding[:, None].expand(-1, case.heads, -1))
         valid &= ~padding.gather(1, keys.flatten(1)).view(keys.shape)
-    if case.variant == "same-bucket":
+    if work.same_bucket:
         buckets = some_heads(work.buckets)
         theirs = buckets.gather(2, keys.flatten(2)).view(keys.shape)
         valid &= same_round[..., None] & (theirs == buckets[..., queries, None, None])
@@ -173,7 +173,7 @@ def sampled_attention(
         key_rows = F.normalize(key_rows, dim=-1, eps=reference.NORM_EPS)
     logits = torch.einsum("snd,snkd->snk", query_key[0][:, queries], key_rows)
     logits = logits * case.head_dim**-0.5
-    if case.variant == "duplicates":
+    if case.attention.correct_duplicates:
         met = torch.where(valid, keys, -1)
         in_order = met.sort(dim=-1).values
         count = torch.searchsorted(in_order, met, right=True) - torch.searchsorted(in_order, met)

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 import reformer_ext
+from python_tests.cases import VARIANTS
 
 from . import measure, plot, report
-from .case import DTYPES, VARIANTS, Call, Case, Workload, cases
+from .case import DTYPES, Call, Case, Workload, cases
 from .check import check, check_peer
 from .peers import Peer, peers
 
@@ -60,7 +61,10 @@ def arguments() -> argparse.ArgumentParser:
     for name, default in {"n-hashes": "8", "chunk-size": "64"}.items():
         parser.add_argument(f"--{name}", type=comma_separated(int), default=default)
     parser.add_argument(
-        "--variants", type=comma_separated(str, VARIANTS), default="plain", help=", ".join(VARIANTS)
+        "--variants",
+        type=comma_separated(str, tuple(VARIANTS)),
+        default="plain",
+        help=", ".join(VARIANTS),
     )
     parser.add_argument(
         "--dtype", type=comma_separated(str, tuple(DTYPES)), default="bf16", help=", ".join(DTYPES)

@@ -1,7 +1,9 @@
-"""Sample inputs of every operator, once: the tests and the benchmarks read this list.
+"""Sample inputs of every operator, once: the tests and the benchmarks read them here.
 
 A case is sizes and flags; its methods make the tensors on a device, in a dtype, from a seed. Values
-are drawn on the CPU in float64 and rounded, so every device and dtype sees the same numbers.
+are drawn on the CPU in float64 and rounded, so every device and dtype sees the same numbers (the
+benchmarks, whose tensors are large, draw theirs on the device). ``VARIANTS`` are what they time:
+each is in the list of the tests too, in a small size.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class AttentionCase:
     mask_self: bool | None = None
     wrap: bool | None = None
     scale: float | None = None
-    padding: str | None = None  # tail, head, scattered, row (a whole batch row) or all
+    padding: str | None = None  # tail, eighth, head, scattered, row (a whole batch row) or all
     same_bucket: bool = False
     correct_duplicates: bool = False
     dropout_p: float = 0.0
@@ -98,12 +100,13 @@ class AttentionCase:
             return x[:, :1].contiguous().expand(shape)
         return x.contiguous()
 
-    def indices(self, device: str, seed: int = 0) -> dict[str, Tensor | None]:
-        """``order``, ``buckets`` and ``key_padding_mask``."""
-        generator = torch.Generator().manual_seed(7 + seed)
+    def mask(self, generator: torch.Generator | None = None) -> Tensor:
+        """Where padding is, ``(B, L)``; scattered padding is drawn."""
         mask = torch.zeros(self.batch, self.length, dtype=torch.bool)
         if self.padding == "tail":
             mask[:, self.length - self.length // 3 :] = True
+        elif self.padding == "eighth":
+            mask[:, self.length - self.length // 8 :] = True
         elif self.padding == "head":
             mask[:, :2] = True
         elif self.padding == "scattered":
@@ -113,6 +116,12 @@ class AttentionCase:
             mask[0, -1:] = True
         elif self.padding == "all":
             mask[:] = True
+        return mask
+
+    def indices(self, device: str, seed: int = 0) -> dict[str, Tensor | None]:
+        """``order``, ``buckets`` and ``key_padding_mask``."""
+        generator = torch.Generator().manual_seed(7 + seed)
+        mask = self.mask(generator)
         result: dict[str, Tensor | None] = {
             "order": None,
             "buckets": None,
@@ -131,6 +140,21 @@ class AttentionCase:
         if self.same_bucket:
             result["buckets"] = buckets.to(torch.int32).to(device)
         return result
+
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "padding": {"padding": "eighth"},
+    "same-bucket": {"same_bucket": True},
+    "duplicates": {"correct_duplicates": True},
+    "dropout": {"dropout_p": 0.1},
+    "local": {"rounds": 0, "shared": False},
+}
+
+
+def variant(name: str, id: str = "", **fields: object) -> AttentionCase:
+    """What the benchmarks time under that name."""
+    return AttentionCase(id or f"timed-{name}", **{**fields, **VARIANTS[name]})  # type: ignore[arg-type]
 
 
 def _crossed() -> list[AttentionCase]:
@@ -328,6 +352,10 @@ ATTENTION_CASES: list[AttentionCase] = [
     ),
     _C("fast-local-one-chunk", rounds=0, shared=False, length=100, head_dim=64, chunk_size=100),
     _C("fast-padding", length=200, head_dim=64, chunk_size=64, causal=True, padding="tail"),
+    *[
+        variant(name, length=330, head_dim=64, rounds=8, n_buckets=10, chunk_size=64, causal=True)
+        for name in VARIANTS
+    ],
     # Masks of the wgmma kernels.
     *[
         _C(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from cases import AttentionCase
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
+
+from python_tests.cases import AttentionCase
 
 booleans = st.booleans()
 chunk_sizes = st.sampled_from([1, 3, 4, 8, 16, 50])

@@ -14,9 +14,10 @@ from torch import Tensor
 
 import reformer_ext
 from benchmarks import measure, ops, plot, report
-from benchmarks.case import VARIANTS, Case, Workload, cases
+from benchmarks.case import Case, Workload, cases
 from benchmarks.check import check_peer, sampled_attention
 from benchmarks.peers import exact, peers, seen_before, within, within_chunks
+from python_tests.cases import VARIANTS
 from reformer_ext import reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +131,7 @@ def test_sampled_attention_is_the_reference(variant: str, causal: bool, length: 
         query_key[1] if variant == "local" else None,
         v,
         work.order,
-        buckets=work.buckets if variant == "same-bucket" else None,
+        buckets=work.buckets if work.same_bucket else None,
         **options,
     )
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ATTENTION_CASES, AttentionCase
 from torch import Tensor
 
 import reformer_ext
+from python_tests.cases import ATTENTION_CASES, AttentionCase
 from reformer_ext import bucket_sort, lsh_hash, reference, sample_rotations
 from reformer_ext import train as train_module
 from reformer_ext.checkpoint import load_checkpoint, save_checkpoint

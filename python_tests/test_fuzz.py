@@ -13,12 +13,12 @@ import os
 
 import pytest
 import torch
-from cases import AttentionCase
 from conftest import device_dtypes
 from test_ops import assert_accurate, attend, attention_cotangents, differentiate, upcast
 from torch import Tensor
 
 import reformer_ext
+from python_tests.cases import AttentionCase
 from reformer_ext import reference
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")

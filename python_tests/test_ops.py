@@ -11,7 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from cases import (
+from conftest import CUDA_DTYPES, device_dtypes, everywhere, gpu
+from torch import Tensor
+
+import reformer_ext
+from benchmarks import measure
+from python_tests.cases import (
     ATTENTION_CASES,
     HASH_CASES,
     MERGE_CASES,
@@ -22,11 +27,6 @@ from cases import (
     MergeCase,
     SortCase,
 )
-from conftest import CUDA_DTYPES, device_dtypes, everywhere, gpu
-from torch import Tensor
-
-import reformer_ext
-from benchmarks import measure
 from reformer_ext import reference
 from reformer_ext.nn import RotaryPositions
 

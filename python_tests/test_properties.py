@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from cases import AttentionCase
 from torch import Tensor
 
 import reformer_ext
+from python_tests.cases import AttentionCase
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
