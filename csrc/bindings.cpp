@@ -49,10 +49,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("key_padding_mask") = py::none(), py::arg("causal") = true, release_gil());
   m.def("lsh_decode", &reformer::lsh_decode, py::arg("q"), py::arg("keys"), py::arg("values"),
         py::arg("table"), py::arg("counts"), py::arg("buckets"), py::arg("own_values") = py::none(),
-        py::arg("scale") = py::none(), py::arg("correct_duplicates") = false, release_gil());
+        py::arg("scale") = py::none(), py::arg("correct_duplicates") = false,
+        py::arg("before") = py::none(), release_gil());
   m.def("lsh_cache_append", &reformer::lsh_cache_append, py::arg("keys"), py::arg("values"),
         py::arg("table"), py::arg("counts"), py::arg("k"), py::arg("v"), py::arg("buckets"),
-        py::arg("lengths"), py::arg("normalize") = false, release_gil());
+        py::arg("lengths"), py::arg("normalize") = false, py::arg("value_mix") = py::none(),
+        py::arg("last_values") = py::none(), release_gil());
   m.def("default_n_buckets", &reformer::default_n_buckets, py::arg("length"),
         py::arg("chunk_size") = 64, release_gil());
   m.def("set_workspace_limit", &reformer::set_workspace_limit, py::arg("bytes"));

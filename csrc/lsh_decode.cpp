@@ -3,6 +3,7 @@
 // value on the host and have fixed shapes, so that a decoding step can be captured in a CUDA graph.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/amax.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/linalg_vector_norm.h>
@@ -67,28 +68,50 @@ void check_cache(const char* op, const at::Tensor& keys, const at::Tensor& value
   }
 }
 
+// int64 [B]
+void check_positions(const char* op, const char* name, const at::Tensor& positions,
+                     const at::Tensor& x) {
+  check_shape(op, name, positions, {x.sym_size(0)}, "(batch)");
+  check_dtype(op, name, positions, at::kLong);
+  check_device(op, name, positions, x);
+}
+
 }  // namespace
 
 void check_lsh_decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values,
                       const at::Tensor& table, const at::Tensor& counts, const at::Tensor& buckets,
-                      const std::optional<at::Tensor>& own_values, std::optional<double> scale) {
+                      const std::optional<at::Tensor>& own_values, std::optional<double> scale,
+                      const std::optional<at::Tensor>& before) {
   constexpr const char* op = "lsh_decode";
   check_cache(op, keys, values, table, counts, "q", q, buckets);
   if (own_values.has_value()) check_like(op, "own_values", *own_values, q, "like q");
   REFORMER_CHECK(!scale.has_value() || std::isfinite(*scale), op, ": expected a finite scale, got ",
                  scale.value_or(0.0));
+  if (before.has_value()) check_positions(op, "before", *before, q);
 }
 
 void check_lsh_cache_append(const at::Tensor& keys, const at::Tensor& values,
                             const at::Tensor& table, const at::Tensor& counts, const at::Tensor& k,
                             const at::Tensor& v, const at::Tensor& buckets,
-                            const at::Tensor& lengths) {
+                            const at::Tensor& lengths, const std::optional<at::Tensor>& value_mix,
+                            const std::optional<at::Tensor>& last_values) {
   constexpr const char* op = "lsh_cache_append";
   check_cache(op, keys, values, table, counts, "k", k, buckets);
   check_like(op, "v", v, k, "like k");
-  check_shape(op, "lengths", lengths, {k.sym_size(0)}, "(batch)");
-  check_dtype(op, "lengths", lengths, at::kLong);
-  check_device(op, "lengths", lengths, k);
+  check_positions(op, "lengths", lengths, k);
+  REFORMER_CHECK(value_mix.has_value() == last_values.has_value(), op,
+                 ": expected value_mix and last_values together, got ",
+                 value_mix.has_value() ? "value_mix alone" : "last_values alone");
+  if (!value_mix.has_value()) return;
+  check_shape(op, "value_mix", *value_mix, {2, k.sym_size(1)}, "(own and next, heads)");
+  check_float(op, "value_mix", *value_mix);
+  check_device(op, "value_mix", *value_mix, k);
+  check_shape(op, "last_values", *last_values, {k.sym_size(0), k.sym_size(1), k.sym_size(3)},
+              "(batch, heads, head dimension)");
+  check_dtype(op, "last_values", *last_values, k.scalar_type());
+  check_device(op, "last_values", *last_values, k);
+  REFORMER_CHECK(last_values->is_contiguous(), op,
+                 ": expected a contiguous last_values, got strides ", last_values->sym_strides());
 }
 
 std::tuple<at::Tensor, at::Tensor> lsh_decode_output(const at::Tensor& q) {
@@ -100,16 +123,20 @@ namespace {
 std::tuple<at::Tensor, at::Tensor> lsh_decode_meta(
     const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
     const at::Tensor& counts, const at::Tensor& buckets,
-    const std::optional<at::Tensor>& own_values, std::optional<double> scale, bool) {
-  check_lsh_decode(q, keys, values, table, counts, buckets, own_values, scale);
+    const std::optional<at::Tensor>& own_values, std::optional<double> scale, bool,
+    const std::optional<at::Tensor>& before) {
+  check_lsh_decode(q, keys, values, table, counts, buckets, own_values, scale, before);
   return lsh_decode_output(q);
 }
 
 void lsh_cache_append_meta(const at::Tensor& keys, const at::Tensor& values,
                            const at::Tensor& table, const at::Tensor& counts, const at::Tensor& k,
                            const at::Tensor& v, const at::Tensor& buckets,
-                           const at::Tensor& lengths, bool) {
-  check_lsh_cache_append(keys, values, table, counts, k, v, buckets, lengths);
+                           const at::Tensor& lengths, bool,
+                           const std::optional<at::Tensor>& value_mix,
+                           const std::optional<at::Tensor>& last_values) {
+  check_lsh_cache_append(keys, values, table, counts, k, v, buckets, lengths, value_mix,
+                         last_values);
 }
 
 // Rows of x [B, H, C, D] at positions [B, H, n].
@@ -128,8 +155,8 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode_composite(
     const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
     const at::Tensor& counts, const at::Tensor& buckets,
     const std::optional<at::Tensor>& own_values, std::optional<double> scale,
-    bool correct_duplicates) {
-  check_lsh_decode(q, keys, values, table, counts, buckets, own_values, scale);
+    bool correct_duplicates, const std::optional<at::Tensor>& before) {
+  check_lsh_decode(q, keys, values, table, counts, buckets, own_values, scale, before);
   const int64_t batch = q.size(0), heads = q.size(1), n = q.size(2), head_dim = q.size(3);
   const int64_t rounds = table.size(2), n_buckets = table.size(3), window = table.size(4);
   const auto [out, lse] = lsh_decode_output(q);
@@ -146,6 +173,10 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode_composite(
   at::Tensor position = by_query(table.flatten(3).gather(3, index)).to(at::kLong);
   at::Tensor valid = by_query(
       (slots < held.unsqueeze(-1)).logical_and((buckets == bucket).unsqueeze(-1)).contiguous());
+  if (before.has_value()) {
+    const at::Tensor end = before->unsqueeze(1) + at::arange(n, before->options());  // [B, T]
+    valid = valid.logical_and(position < end.view({batch, 1, n, 1}));
+  }
   position = at::where(valid, position, keys.size(2)).clamp(0, keys.size(2));
   if (correct_duplicates) {
     position = std::get<0>(position.sort(-1));
@@ -175,11 +206,48 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode_composite(
   return {out, lse};
 }
 
+at::Tensor append_next_values(const at::Tensor& values, const at::Tensor& v,
+                              const at::Tensor& buckets, const at::Tensor& lengths,
+                              int64_t n_buckets, const at::Tensor& value_mix,
+                              const at::Tensor& last_values) {
+  const int64_t n = v.size(2), capacity = values.size(2);
+  const at::Tensor first_round = buckets.select(2, 0);  // [B, H, T]
+  const at::Tensor real =
+      (first_round >= 0).logical_and(first_round < n_buckets).unsqueeze(-1);  // [B, H, T, 1]
+  const at::Tensor factors =
+      value_mix.to(chunked_attention_lse(v).scalar_type()).view({2, 1, v.size(1), 1, 1});
+  const auto mix = [&](const at::Tensor& own, const at::Tensor& next) {
+    return (factors[0] * own + factors[1] * next).to(v.scalar_type());
+  };
+
+  const at::Tensor last = last_values.unsqueeze(2);
+  const at::Tensor completed =
+      mix(last, at::where(real.narrow(2, 0, 1), v.narrow(2, 0, 1), last));
+  const at::Tensor place = (lengths - 1).view({-1, 1, 1, 1});
+  const at::Tensor target = place.clamp(0, capacity - 1).expand_as(completed);
+  const at::Tensor there = (place >= 0).logical_and(place < capacity);
+  values.scatter_(2, target, at::where(there, completed, values.gather(2, target)));
+
+  const at::Tensor own = v.narrow(2, 0, n - 1), next = v.narrow(2, 1, n - 1);
+  const at::Tensor mixed = mix(own, at::where(real.narrow(2, 1, n - 1), next, own));
+  const at::Tensor rows =
+      at::cat({at::where(real.narrow(2, 0, n - 1), mixed, own), v.narrow(2, n - 1, 1)}, 2);
+
+  const at::Tensor numbers = at::arange(1, n + 1, lengths.options()).view({1, 1, n, 1});
+  const at::Tensor newest = (numbers * real).amax(2, true);  // [B, H, 1, 1], 0: there is none
+  const at::Tensor found = v.gather(2, (newest - 1).clamp_min(0).expand_as(last));
+  last_values.copy_(at::where(newest > 0, found, last).squeeze(2));
+  return rows;
+}
+
 void lsh_cache_append_composite(const at::Tensor& keys, const at::Tensor& values,
                                 const at::Tensor& table, const at::Tensor& counts,
                                 const at::Tensor& k, const at::Tensor& v, const at::Tensor& buckets,
-                                const at::Tensor& lengths, bool normalize) {
-  check_lsh_cache_append(keys, values, table, counts, k, v, buckets, lengths);
+                                const at::Tensor& lengths, bool normalize,
+                                const std::optional<at::Tensor>& value_mix,
+                                const std::optional<at::Tensor>& last_values) {
+  check_lsh_cache_append(keys, values, table, counts, k, v, buckets, lengths, value_mix,
+                         last_values);
   const int64_t batch = k.size(0), heads = k.size(1), n = k.size(2), capacity = keys.size(2);
   const int64_t rounds = table.size(2), n_buckets = table.size(3), window = table.size(4);
   if (k.numel() == 0) return;
@@ -197,7 +265,9 @@ void lsh_cache_append_composite(const at::Tensor& keys, const at::Tensor& values
     cache.scatter_(2, target, at::where(any_room, rows, cache.gather(2, target)));
   };
   write(keys, normalize ? unit_rows(k) : k);
-  write(values, v);
+  write(values, value_mix.has_value() ? append_next_values(values, v, buckets, lengths, n_buckets,
+                                                           *value_mix, *last_values)
+                                      : v);
 
   const at::Tensor wanted = (buckets >= 0)
                                 .logical_and(buckets < n_buckets)
@@ -239,31 +309,36 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode(const at::Tensor& q, const at::Ten
                                               const at::Tensor& counts, const at::Tensor& buckets,
                                               const std::optional<at::Tensor>& own_values,
                                               std::optional<double> scale,
-                                              bool correct_duplicates) {
+                                              bool correct_duplicates,
+                                              const std::optional<at::Tensor>& before) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("reformer::lsh_decode", "")
                              .typed<decltype(lsh_decode)>();
-  return op.call(q, keys, values, table, counts, buckets, own_values, scale, correct_duplicates);
+  return op.call(q, keys, values, table, counts, buckets, own_values, scale, correct_duplicates,
+                 before);
 }
 
 void lsh_cache_append(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
                       const at::Tensor& counts, const at::Tensor& k, const at::Tensor& v,
-                      const at::Tensor& buckets, const at::Tensor& lengths, bool normalize) {
+                      const at::Tensor& buckets, const at::Tensor& lengths, bool normalize,
+                      const std::optional<at::Tensor>& value_mix,
+                      const std::optional<at::Tensor>& last_values) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("reformer::lsh_cache_append", "")
                              .typed<decltype(lsh_cache_append)>();
-  op.call(keys, values, table, counts, k, v, buckets, lengths, normalize);
+  op.call(keys, values, table, counts, k, v, buckets, lengths, normalize, value_mix, last_values);
 }
 
 TORCH_LIBRARY_FRAGMENT(reformer, m) {
   m.def(
       "lsh_decode(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor counts, "
       "Tensor buckets, *, Tensor? own_values=None, float? scale=None, "
-      "bool correct_duplicates=False) -> (Tensor out, Tensor lse)",
+      "bool correct_duplicates=False, Tensor? before=None) -> (Tensor out, Tensor lse)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "lsh_cache_append(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) table, Tensor(d!) counts, "
-      "Tensor k, Tensor v, Tensor buckets, Tensor lengths, *, bool normalize=False) -> ()",
+      "Tensor k, Tensor v, Tensor buckets, Tensor lengths, *, bool normalize=False, "
+      "Tensor? value_mix=None, Tensor(e!)? last_values=None) -> ()",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -21,10 +21,10 @@ constexpr int64_t kWorthAThread = 1 << 16;
 template <typename S>
 using Wide = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// The positions in the query's bucket of every round, each once if asked for.
+// The positions before `end` in the query's bucket of every round, each once if asked for.
 void find_candidates(const int32_t* table, const int32_t* counts, const int32_t* buckets,
                      int64_t bucket_stride, int64_t rounds, int64_t n_buckets, int64_t window,
-                     int64_t capacity, bool once, std::vector<int32_t>& found) {
+                     int64_t capacity, int64_t end, bool once, std::vector<int32_t>& found) {
   found.clear();
   for (int64_t r = 0; r < rounds; ++r) {
     const int64_t bucket = buckets[r * bucket_stride];
@@ -38,6 +38,7 @@ void find_candidates(const int32_t* table, const int32_t* counts, const int32_t*
                    "lsh_decode: expected table with positions in [0, ", capacity, "), got ",
                    position);
   }
+  if (end < capacity) std::erase_if(found, [&](int32_t position) { return position >= end; });
   if (!once) return;
   std::sort(found.begin(), found.end());
   found.erase(std::unique(found.begin(), found.end()), found.end());
@@ -79,7 +80,7 @@ template <typename S>
 void decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values,
             const at::Tensor& table, const at::Tensor& counts, const at::Tensor& buckets,
             const at::Tensor& own_values, double scale, bool correct_duplicates,
-            const at::Tensor& out, const at::Tensor& lse) {
+            const at::Tensor& before, const at::Tensor& out, const at::Tensor& lse) {
   using T = Wide<S>;
   const int64_t heads = q.size(1), n = q.size(2), head_dim = q.size(3), capacity = keys.size(2);
   const int64_t rounds = table.size(2), n_buckets = table.size(3), window = table.size(4);
@@ -96,7 +97,10 @@ void decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& value
       find_candidates(table.const_data_ptr<int32_t>() + head * rounds * n_buckets * window,
                       counts.const_data_ptr<int32_t>() + head * rounds * n_buckets,
                       buckets.const_data_ptr<int32_t>() + head * rounds * n + i, n, rounds,
-                      n_buckets, window, capacity, correct_duplicates, found);
+                      n_buckets, window, capacity,
+                      before.defined() ? before.const_data_ptr<int64_t>()[head / heads] + i
+                                       : capacity,
+                      correct_duplicates, found);
       S* to = row(out, head, i);
       T* total = lse.mutable_data_ptr<T>() + task;
       if (!found.empty()) {
@@ -122,8 +126,9 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode_cpu(const at::Tensor& q, const at:
                                                   const at::Tensor& buckets,
                                                   const std::optional<at::Tensor>& own_values,
                                                   std::optional<double> scale,
-                                                  bool correct_duplicates) {
-  check_lsh_decode(q, keys, values, table, counts, buckets, own_values, scale);
+                                                  bool correct_duplicates,
+                                                  const std::optional<at::Tensor>& before) {
+  check_lsh_decode(q, keys, values, table, counts, buckets, own_values, scale, before);
   const auto results = lsh_decode_output(q);
   const auto& [out, lse] = results;
   if (out.numel() == 0) return results;
@@ -131,15 +136,19 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode_cpu(const at::Tensor& q, const at:
       at::kHalf, at::kBFloat16, q.scalar_type(), "lsh_decode", [&, &out = out, &lse = lse] {
         decode<scalar_t>(with_dense_rows(q), keys, values, table, counts, buckets.contiguous(),
                          own_values.has_value() ? with_dense_rows(*own_values) : at::Tensor(),
-                         decode_scale(q, scale), correct_duplicates, out, lse);
+                         decode_scale(q, scale), correct_duplicates,
+                         before.has_value() ? before->contiguous() : at::Tensor(), out, lse);
       });
   return results;
 }
 
 void lsh_cache_append_cpu(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
                           const at::Tensor& counts, const at::Tensor& k, const at::Tensor& v,
-                          const at::Tensor& buckets, const at::Tensor& lengths, bool normalize) {
-  check_lsh_cache_append(keys, values, table, counts, k, v, buckets, lengths);
+                          const at::Tensor& buckets, const at::Tensor& lengths, bool normalize,
+                          const std::optional<at::Tensor>& value_mix,
+                          const std::optional<at::Tensor>& last_values) {
+  check_lsh_cache_append(keys, values, table, counts, k, v, buckets, lengths, value_mix,
+                         last_values);
   if (k.numel() == 0) return;
   const int64_t batch = k.size(0), heads = k.size(1), n = k.size(2), capacity = keys.size(2);
   const int64_t rounds = table.size(2), n_buckets = table.size(3), window = table.size(4);
@@ -149,9 +158,13 @@ void lsh_cache_append_cpu(const at::Tensor& keys, const at::Tensor& values, cons
   for (int64_t b = 0; b < batch; ++b) {  // all before anything is written
     REFORMER_CHECK(begin_of[b] >= 0, "lsh_cache_append: expected lengths >= 0, got ", begin_of[b]);
   }
+  const at::Tensor new_values = value_mix.has_value()
+                                    ? append_next_values(values, v, buckets, lengths, n_buckets,
+                                                         *value_mix, *last_values)
+                                    : v;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = std::min(begin_of[b], capacity), room = std::min(n, capacity - first);
-    for (const auto& [cache, rows] : {std::pair{keys, new_keys}, std::pair{values, v}}) {
+    for (const auto& [cache, rows] : {std::pair{keys, new_keys}, std::pair{values, new_values}}) {
       cache.select(0, b).narrow(1, first, room).copy_(rows.select(0, b).narrow(1, 0, room));
     }
   }

@@ -14,6 +14,7 @@
 #include "kernel_tensors.h"
 #include "kernels/lsh_decode.h"
 #include "lsh_decode_common.h"
+#include "next_values_common.h"
 #include "reformer.h"
 
 namespace reformer {
@@ -31,14 +32,15 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode_cuda(
     const at::Tensor& q_given, const at::Tensor& keys, const at::Tensor& values,
     const at::Tensor& table, const at::Tensor& counts, const at::Tensor& buckets_given,
     const std::optional<at::Tensor>& own_values_given, std::optional<double> scale,
-    bool correct_duplicates) {
+    bool correct_duplicates, const std::optional<at::Tensor>& before_given) {
   const c10::cuda::CUDAGuard guard(q_given.device());
-  check_lsh_decode(q_given, keys, values, table, counts, buckets_given, own_values_given, scale);
+  check_lsh_decode(q_given, keys, values, table, counts, buckets_given, own_values_given, scale,
+                   before_given);
   const auto dtype = kernel_dtype(q_given);
   if (!dtype.has_value() || q_given.size(3) % 8 != 0 || !has_aligned_rows(keys) ||
       !has_aligned_rows(values)) {
     return lsh_decode_composite(q_given, keys, values, table, counts, buckets_given,
-                                own_values_given, scale, correct_duplicates);
+                                own_values_given, scale, correct_duplicates, before_given);
   }
   REFORMER_CHECK(table.size(2) <= kernels::kMaxDecodeSlots / table.size(4),
                  "lsh_decode: expected table with at most 2^28 slots of a query on CUDA, got ",
@@ -50,6 +52,7 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode_cuda(
   const at::Tensor q = with_dense_rows(q_given), buckets = buckets_given.contiguous();
   const at::Tensor own_values =
       own_values_given.has_value() ? with_dense_rows(*own_values_given) : at::Tensor();
+  const at::Tensor before = before_given.has_value() ? before_given->contiguous() : at::Tensor();
   kernels::LshDecodeParams params = {};
   params.q = rows_of(q);
   if (own_values.defined()) params.own_values = rows_of(own_values);
@@ -60,6 +63,7 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode_cuda(
   params.table = table.const_data_ptr<int32_t>();
   params.counts = counts.const_data_ptr<int32_t>();
   params.buckets = buckets.const_data_ptr<int32_t>();
+  if (before.defined()) params.before = before.const_data_ptr<int64_t>();
   params.dtype = *dtype;
   params.batch = q.size(0);
   params.heads = q.size(1);
@@ -86,15 +90,16 @@ void lsh_cache_append_cuda(const at::Tensor& keys, const at::Tensor& values,
                            const at::Tensor& table, const at::Tensor& counts,
                            const at::Tensor& k_given, const at::Tensor& v_given,
                            const at::Tensor& buckets_given, const at::Tensor& lengths_given,
-                           bool normalize) {
+                           bool normalize, const std::optional<at::Tensor>& value_mix,
+                           const std::optional<at::Tensor>& last_values) {
   const c10::cuda::CUDAGuard guard(k_given.device());
   check_lsh_cache_append(keys, values, table, counts, k_given, v_given, buckets_given,
-                         lengths_given);
+                         lengths_given, value_mix, last_values);
   const auto dtype = kernel_dtype(k_given);
   if (!dtype.has_value() || k_given.size(3) % 8 != 0 || !has_aligned_rows(keys) ||
-      !has_aligned_rows(values)) {
+      !has_aligned_rows(values) || (last_values.has_value() && !has_aligned_rows(*last_values))) {
     lsh_cache_append_composite(keys, values, table, counts, k_given, v_given, buckets_given,
-                               lengths_given, normalize);
+                               lengths_given, normalize, value_mix, last_values);
     return;
   }
   if (k_given.numel() == 0) return;
@@ -109,6 +114,12 @@ void lsh_cache_append_cuda(const at::Tensor& keys, const at::Tensor& values,
   params.k = rows_of(k);
   params.v = rows_of(v);
   params.normalize = normalize;
+  at::Tensor factors;
+  if (value_mix.has_value()) {
+    factors = wide_value_mix(v, *value_mix);
+    params.value_mix = factors.const_data_ptr<float>();
+    params.last_values = last_values->mutable_data_ptr();
+  }
   params.buckets = buckets.const_data_ptr<int32_t>();
   params.lengths = lengths.const_data_ptr<int64_t>();
   params.dtype = *dtype;

@@ -108,22 +108,30 @@ at::Tensor next_values(const at::Tensor& v, const at::Tensor& value_mix,
 // cost that does not depend on how many positions the cache holds. q [B, H, T, D] of the keys'
 // dtype; buckets int32 [B, H, R, T] of the queries, N or more: padding, which finds nothing. A
 // query that finds no key gets its row of own_values (like q) and the lse -1e5, or 0 and -inf
-// without them. correct_duplicates: a key found in several rounds counts once. Not differentiable.
+// without them. correct_duplicates: a key found in several rounds counts once. before int64 [B]:
+// query t of batch b finds only positions below before[b] + t. Not differentiable.
 // -> out [B, H, T, D], lse [B, H, T].
 std::tuple<at::Tensor, at::Tensor> lsh_decode(const at::Tensor& q, const at::Tensor& keys,
                                               const at::Tensor& values, const at::Tensor& table,
                                               const at::Tensor& counts, const at::Tensor& buckets,
                                               const std::optional<at::Tensor>& own_values = {},
                                               std::optional<double> scale = {},
-                                              bool correct_duplicates = false);
+                                              bool correct_duplicates = false,
+                                              const std::optional<at::Tensor>& before = {});
 
 // Puts T positions into the cache, in place: row t of batch b becomes position lengths[b] + t
 // (lengths int64 [B]). k, v [B, H, T, D] of the keys' dtype. normalize: keys of length one are made
 // of k, as of the queries of shared QK. buckets int32 [B, H, R, T]; N or more: padding, which no
 // bucket takes. Positions beyond the capacity C are dropped.
+// value_mix [2, H], with last_values [B, H, D]: values are kept as next_values makes them of all there
+// have been, padding being what no bucket of the first round takes. The newest is kept as it is until
+// the next comes; its v is in last_values, which is changed in place. So that a query finds the value
+// before it complete, append its position first and decode with `before` set to that.
 void lsh_cache_append(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
                       const at::Tensor& counts, const at::Tensor& k, const at::Tensor& v,
-                      const at::Tensor& buckets, const at::Tensor& lengths, bool normalize = false);
+                      const at::Tensor& buckets, const at::Tensor& lengths, bool normalize = false,
+                      const std::optional<at::Tensor>& value_mix = {},
+                      const std::optional<at::Tensor>& last_values = {});
 
 // About 2 * length / chunk_size buckets (half a chunk each) as a short list of even factors.
 std::vector<int64_t> default_n_buckets(int64_t length, int64_t chunk_size);

@@ -55,6 +55,7 @@ def lsh_decode(
     own_values: Tensor | None = None,
     scale: float | None = None,
     correct_duplicates: bool = False,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def lsh_cache_append(
     keys: Tensor,
@@ -66,6 +67,8 @@ def lsh_cache_append(
     buckets: Tensor,
     lengths: Tensor,
     normalize: bool = False,
+    value_mix: Tensor | None = None,
+    last_values: Tensor | None = None,
 ) -> None: ...
 def default_n_buckets(length: int, chunk_size: int = 64) -> list[int]: ...
 def set_workspace_limit(bytes: int) -> None: ...

@@ -583,6 +583,7 @@ def lsh_decode(
     own_values: Tensor | None = None,
     scale: float | None = None,
     correct_duplicates: bool = False,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of new queries to the cached positions that fell into their buckets.
 
@@ -591,7 +592,7 @@ def lsh_decode(
     positions that a bucket remembers.
 
     Args:
-        q: ``(B, H, T, D)``. The T queries do not see each other.
+        q: ``(B, H, T, D)``. The T queries do not see each other, unless they are in the cache.
         keys, values: ``(B, H, C, D)`` of q's dtype; for shared QK unit-length keys.
         table: int32 ``(B, H, R, N, W)``, positions; number i of a bucket is in slot ``i % W``.
         counts: int32 ``(B, H, R, N)``, how many positions each bucket has had.
@@ -599,6 +600,8 @@ def lsh_decode(
         own_values: like q: what a query gets that finds no key; its lse is then -1e5.
         scale: of the logits. Default ``D ** -0.5``.
         correct_duplicates: a key found in several rounds counts once.
+        before: int64 ``(B,)``: query t of sequence b finds only positions below ``before[b] + t``,
+            for queries whose own positions are in the cache already.
 
     Returns:
         ``out (B, H, T, D)`` and ``lse (B, H, T)``, float32 (float64 for float64). Without
@@ -617,6 +620,7 @@ def lsh_decode(
         own_values=own_values,
         scale=scale,
         correct_duplicates=correct_duplicates,
+        before=before,
     )
 
 
@@ -631,6 +635,8 @@ def lsh_cache_append(
     lengths: Tensor,
     *,
     normalize: bool = False,
+    value_mix: Tensor | None = None,
+    last_values: Tensor | None = None,
 ) -> None:
     """Puts T new positions into the cache of :func:`lsh_decode`, in place.
 
@@ -641,12 +647,28 @@ def lsh_cache_append(
         lengths: int64 ``(B,)``: row t of sequence b becomes position ``lengths[b] + t``. Positions
             beyond the capacity are dropped.
         normalize: keys of length one are made of k, as of the queries of shared QK.
+        value_mix: ``(2, H)``, with last_values: values are kept as :func:`next_values` makes them
+            of all there have been; padding is what no bucket of the first round takes. The newest
+            value is kept as it is until the next one comes. Query i meets the value of position
+            i - 1, which ``v_i`` completes: append first, then decode with ``before``.
+        last_values: ``(B, H, D)`` like values, contiguous: the newest v, changed in place. Not read
+            where lengths is 0.
 
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
     torch.ops.reformer.lsh_cache_append.default(
-        keys, values, table, counts, k, v, buckets, lengths, normalize=normalize
+        keys,
+        values,
+        table,
+        counts,
+        k,
+        v,
+        buckets,
+        lengths,
+        normalize=normalize,
+        value_mix=value_mix,
+        last_values=last_values,
     )
 
 

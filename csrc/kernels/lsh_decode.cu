@@ -32,7 +32,7 @@ constexpr int kVectorsAhead = 8;  // of keys, and of values, that a lane loads a
 struct Slots {
   const int32_t *table, *counts, *buckets;  // of the head and the query
   int64_t queries, n_buckets, window;
-  int32_t capacity;  // positions fit an int
+  int32_t end;  // of the positions that may be found, which fit an int
   int count;
 
   __device__ Slots(const LshDecodeParams& params, int64_t head, int64_t t)
@@ -42,8 +42,12 @@ struct Slots {
         queries(params.queries),
         n_buckets(params.n_buckets),
         window(params.window),
-        capacity(static_cast<int32_t>(min(params.capacity, int64_t{INT32_MAX}))),
-        count(static_cast<int>(params.rounds * params.window)) {}
+        end(static_cast<int32_t>(min(params.capacity, int64_t{INT32_MAX}))),
+        count(static_cast<int>(params.rounds * params.window)) {
+    if (params.before == nullptr) return;
+    const int64_t own = params.before[head / params.heads] + t;
+    end = static_cast<int32_t>(max(min(own, int64_t{end}), int64_t{0}));
+  }
 
   // The position in a slot; -1: none.
   __device__ __forceinline__ int32_t operator[](int i) const {
@@ -53,7 +57,7 @@ struct Slots {
     const int64_t place = round * n_buckets + bucket;
     if (slot >= counts[place]) return -1;
     const int32_t position = table[place * window + slot];
-    return position < capacity ? max(position, -1) : -1;
+    return position < end ? max(position, -1) : -1;
   }
 };
 
@@ -467,10 +471,80 @@ __device__ __forceinline__ void count_line(const LshCacheAppendParams& params, i
   }
 }
 
+// Mixing of values as they come; see LshCacheAppendParams.
+template <typename T>
+struct NextValues {
+  const LshCacheAppendParams& params;
+  int64_t head;
+  float own, next;
+
+  __device__ NextValues(const LshCacheAppendParams& params, int64_t head)
+      : params(params),
+        head(head),
+        own(params.value_mix[head % params.heads]),
+        next(params.value_mix[params.heads + head % params.heads]) {}
+
+  __device__ __forceinline__ bool is_padding(int64_t t) const {
+    const int32_t bucket = params.buckets[head * params.rounds * params.rows + t];
+    return bucket < 0 || bucket >= params.n_buckets;
+  }
+  __device__ __forceinline__ const T* row(int64_t t) const {
+    return row_of<const T>(params.v, head, params.heads, t);
+  }
+  __device__ __forceinline__ T* last() const {
+    return static_cast<T*>(params.last_values) + head * params.head_dim;
+  }
+
+  // row * own + other * next, in `row`.
+  __device__ __forceinline__ void mix(RowShare<T>& row, const RowShare<T>& other) const {
+#pragma unroll
+    for (int i = 0; i < RowShare<T>::kVectors; ++i) {
+#pragma unroll
+      for (int e = 0; e < RowShare<T>::kWidth; ++e) {
+        T& x = row.vectors[i].x[e];
+        x = from_float<T>(fmaf(next, to_float(other.vectors[i].x[e]), own * to_float(x)));
+      }
+    }
+  }
+
+  // v: row t as it came.
+  __device__ __forceinline__ void mix_with_next(RowShare<T>& v, int64_t t, int head_dim) const {
+    if (t + 1 >= params.rows || is_padding(t)) return;
+    RowShare<T> other = v;
+    if (!is_padding(t + 1)) other.load(row(t + 1), head_dim);
+    mix(v, other);
+  }
+
+  // By the kRowLanes lanes of row 0, which becomes `position`.
+  __device__ __forceinline__ void complete_last(int64_t position) const {
+    const int head_dim = static_cast<int>(params.head_dim);
+    RowShare<T> value, other;
+    if (has_room(position - 1, params.capacity)) {
+      value.load(last(), head_dim);
+      other = value;
+      if (!is_padding(0)) other.load(row(0), head_dim);
+      mix(value, other);
+      const int64_t place = (head * params.capacity + position - 1) * params.head_dim;
+      value.store(static_cast<T*>(params.values) + place, head_dim);
+    }
+    const int lane = static_cast<int>(threadIdx.x) % kRowLanes;
+    const unsigned first_lane = threadIdx.x % 32 - lane;
+    const unsigned lanes = ((1U << kRowLanes) - 1) << first_lane;
+    for (int64_t end = params.rows; end > 0; end -= kRowLanes) {  // a lane looks at a row
+      const int64_t t = end - 1 - lane;
+      const unsigned found = __ballot_sync(lanes, t >= 0 && !is_padding(t)) >> first_lane;
+      if (found == 0) continue;
+      other.load(row(end - __ffs(static_cast<int>(found))), head_dim);
+      other.store(last(), head_dim);
+      return;
+    }
+  }
+};
+
 constexpr int kRowsPerWarp = 32 / kRowLanes;
 
 // A warp for each kRowsPerWarp rows and, unless there is an order, for each head and round.
-template <typename T>
+template <typename T, bool kMixed>
 __global__ __launch_bounds__(kAppendThreads) void append_kernel(
     const __grid_constant__ LshCacheAppendParams params) {
   wait_for_previous_kernel();
@@ -493,6 +567,11 @@ __global__ __launch_bounds__(kAppendThreads) void append_kernel(
   if (params.normalize) k.normalize(head_dim);
   const int64_t place = (head * params.capacity + position) * params.head_dim;
   k.store(static_cast<T*>(params.keys) + place, head_dim);
+  if constexpr (kMixed) {
+    const NextValues<T> next_values(params, head);
+    if (kept) next_values.mix_with_next(v, t, head_dim);
+    if (t == 0) next_values.complete_last(position);
+  }
   v.store(static_cast<T*>(params.values) + place, head_dim);
 }
 
@@ -551,7 +630,8 @@ bool valid(const LshCacheAppendParams& params) {
   return params.batch >= 0 && params.heads >= 0 && params.rows >= 0 && params.rows <= INT32_MAX &&
          params.head_dim >= 8 && params.head_dim <= 256 && params.head_dim % 8 == 0 &&
          params.capacity >= 1 && params.rounds >= 1 && params.n_buckets >= 1 &&
-         params.window >= 1 && (params.order == nullptr) == (params.scratch == nullptr);
+         params.window >= 1 && (params.order == nullptr) == (params.scratch == nullptr) &&
+         (params.value_mix == nullptr) == (params.last_values == nullptr);
 }
 
 template <typename T>
@@ -564,8 +644,9 @@ cudaError_t launch_append(const LshCacheAppendParams& params, cudaStream_t strea
   const int64_t sorted_blocks =
       counted ? 0 : ceil_div<int64_t>(lines * params.rows, kAppendThreads);
   if (std::max(blocks, sorted_blocks) > INT32_MAX) return cudaErrorInvalidValue;
+  const auto kernel = params.value_mix != nullptr ? append_kernel<T, true> : append_kernel<T, false>;
   const cudaError_t error = launch_overlapped(
-      append_kernel<T>, {static_cast<unsigned>(blocks), kAppendThreads}, stream, params);
+      kernel, {static_cast<unsigned>(blocks), kAppendThreads}, stream, params);
   if (error != cudaSuccess) return error;
   if (!counted) {
     const auto grid = static_cast<unsigned>(sorted_blocks);

@@ -27,6 +27,7 @@ struct LshDecodeParams {
   const void *keys, *values;
   const int32_t *table, *counts;
   const int32_t* buckets;  // [B, H, R, T]; outside [0, N): finds nothing
+  const int64_t* before;   // [B]: query t finds only positions below before[b] + t; null: any
   void* workspace;         // lsh_decode_workspace(...) bytes, 16-byte aligned
   DType dtype;
   int64_t batch, heads, queries, head_dim, capacity, rounds, n_buckets, window;
@@ -50,6 +51,12 @@ struct LshCacheAppendParams {
   int32_t *table, *counts;
   NewRows k, v;            // rows begin at multiples of 16 bytes
   bool normalize;          // k is brought to length one
+  // Null, or [own, next][H]: a value is kept as own v_t + next v_{t+1}, where padding (a row that no
+  // bucket of the first round takes) is no next value, but the row itself. The last row is kept as it
+  // is, and the one before the new ones is completed from last_values [B, H, D], the last v before
+  // them, which the last that is no padding replaces.
+  const float* value_mix;
+  void* last_values;
   const int32_t* buckets;  // [B, H, R, T]; outside [0, N): no bucket takes the position
   const int64_t* lengths;  // [B]: row t of batch b becomes position lengths[b] + t, if that is < C
   // For many rows: [B, H, R, T], the rows by (bucket, row), those without a bucket last, and
