@@ -221,8 +221,7 @@ at::Tensor append_next_values(const at::Tensor& values, const at::Tensor& v,
   };
 
   const at::Tensor last = last_values.unsqueeze(2);
-  const at::Tensor completed =
-      mix(last, at::where(real.narrow(2, 0, 1), v.narrow(2, 0, 1), last));
+  const at::Tensor completed = mix(last, at::where(real.narrow(2, 0, 1), v.narrow(2, 0, 1), last));
   const at::Tensor place = (lengths - 1).view({-1, 1, 1, 1});
   const at::Tensor target = place.clamp(0, capacity - 1).expand_as(completed);
   const at::Tensor there = (place >= 0).logical_and(place < capacity);
@@ -308,8 +307,7 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode(const at::Tensor& q, const at::Ten
                                               const at::Tensor& values, const at::Tensor& table,
                                               const at::Tensor& counts, const at::Tensor& buckets,
                                               const std::optional<at::Tensor>& own_values,
-                                              std::optional<double> scale,
-                                              bool correct_duplicates,
+                                              std::optional<double> scale, bool correct_duplicates,
                                               const std::optional<at::Tensor>& before) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("reformer::lsh_decode", "")

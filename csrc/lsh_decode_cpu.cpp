@@ -94,13 +94,13 @@ void decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& value
     std::vector<T> weights(rounds * window), wide(head_dim);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / n, i = task % n;
-      find_candidates(table.const_data_ptr<int32_t>() + head * rounds * n_buckets * window,
-                      counts.const_data_ptr<int32_t>() + head * rounds * n_buckets,
-                      buckets.const_data_ptr<int32_t>() + head * rounds * n + i, n, rounds,
-                      n_buckets, window, capacity,
-                      before.defined() ? before.const_data_ptr<int64_t>()[head / heads] + i
-                                       : capacity,
-                      correct_duplicates, found);
+      find_candidates(
+          table.const_data_ptr<int32_t>() + head * rounds * n_buckets * window,
+          counts.const_data_ptr<int32_t>() + head * rounds * n_buckets,
+          buckets.const_data_ptr<int32_t>() + head * rounds * n + i, n, rounds, n_buckets, window,
+          capacity,
+          before.defined() ? before.const_data_ptr<int64_t>()[head / heads] + i : capacity,
+          correct_duplicates, found);
       S* to = row(out, head, i);
       T* total = lse.mutable_data_ptr<T>() + task;
       if (!found.empty()) {
@@ -120,14 +120,11 @@ void decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& value
 
 at::Tensor with_dense_rows(const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); }
 
-std::tuple<at::Tensor, at::Tensor> lsh_decode_cpu(const at::Tensor& q, const at::Tensor& keys,
-                                                  const at::Tensor& values, const at::Tensor& table,
-                                                  const at::Tensor& counts,
-                                                  const at::Tensor& buckets,
-                                                  const std::optional<at::Tensor>& own_values,
-                                                  std::optional<double> scale,
-                                                  bool correct_duplicates,
-                                                  const std::optional<at::Tensor>& before) {
+std::tuple<at::Tensor, at::Tensor> lsh_decode_cpu(
+    const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
+    const at::Tensor& counts, const at::Tensor& buckets,
+    const std::optional<at::Tensor>& own_values, std::optional<double> scale,
+    bool correct_duplicates, const std::optional<at::Tensor>& before) {
   check_lsh_decode(q, keys, values, table, counts, buckets, own_values, scale, before);
   const auto results = lsh_decode_output(q);
   const auto& [out, lse] = results;
@@ -158,10 +155,10 @@ void lsh_cache_append_cpu(const at::Tensor& keys, const at::Tensor& values, cons
   for (int64_t b = 0; b < batch; ++b) {  // all before anything is written
     REFORMER_CHECK(begin_of[b] >= 0, "lsh_cache_append: expected lengths >= 0, got ", begin_of[b]);
   }
-  const at::Tensor new_values = value_mix.has_value()
-                                    ? append_next_values(values, v, buckets, lengths, n_buckets,
-                                                         *value_mix, *last_values)
-                                    : v;
+  const at::Tensor new_values =
+      value_mix.has_value()
+          ? append_next_values(values, v, buckets, lengths, n_buckets, *value_mix, *last_values)
+          : v;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = std::min(begin_of[b], capacity), room = std::min(n, capacity - first);
     for (const auto& [cache, rows] : {std::pair{keys, new_keys}, std::pair{values, new_values}}) {

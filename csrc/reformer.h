@@ -123,10 +123,11 @@ std::tuple<at::Tensor, at::Tensor> lsh_decode(const at::Tensor& q, const at::Ten
 // (lengths int64 [B]). k, v [B, H, T, D] of the keys' dtype. normalize: keys of length one are made
 // of k, as of the queries of shared QK. buckets int32 [B, H, R, T]; N or more: padding, which no
 // bucket takes. Positions beyond the capacity C are dropped.
-// value_mix [2, H], with last_values [B, H, D]: values are kept as next_values makes them of all there
-// have been, padding being what no bucket of the first round takes. The newest is kept as it is until
-// the next comes; its v is in last_values, which is changed in place. So that a query finds the value
-// before it complete, append its position first and decode with `before` set to that.
+// value_mix [2, H], with last_values [B, H, D]: values are kept as next_values makes them of all
+// there have been, padding being what no bucket of the first round takes. The newest is kept as it
+// is until the next comes; its v is in last_values, which is changed in place. So that a query
+// finds the value before it complete, append its position first and decode with `before` set to
+// that.
 void lsh_cache_append(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
                       const at::Tensor& counts, const at::Tensor& k, const at::Tensor& v,
                       const at::Tensor& buckets, const at::Tensor& lengths, bool normalize = false,

@@ -63,20 +63,31 @@ def rows(sizes: Sizes, n: int, device: str, dtype: torch.dtype, seed: int) -> tu
 
 
 def append_everywhere(
-    cache: Cache, composite: bool, *args: Tensor, normalize: bool = False
+    cache: Cache,
+    composite: bool,
+    *args: Tensor,
+    normalize: bool = False,
+    value_mix: Tensor | None = None,
+    last_values: Tensor | None = None,
 ) -> None:
     """Through the device's own kernel, or the one composed of ATen operators."""
+    options = {"normalize": normalize, "value_mix": value_mix, "last_values": last_values}
     if composite:
         append = ops.lsh_cache_append.default
-        append._op_dk(COMPOSITE, *cache.tensors(), *args, normalize=normalize)
+        append._op_dk(COMPOSITE, *cache.tensors(), *args, **options)
     else:
-        reformer_ext.lsh_cache_append(*cache.tensors(), *args, normalize=normalize)
+        reformer_ext.lsh_cache_append(*cache.tensors(), *args, **options)
 
 
 def decode(cache: Cache, composite: bool, q: Tensor, buckets: Tensor, **options: object):
     if not composite:
         return reformer_ext.lsh_decode(q, *cache.tensors(), buckets, **options)
-    options = {"own_values": None, "scale": None, "correct_duplicates": False, **options}
+    options = {
+        "own_values": None,
+        "scale": None,
+        "correct_duplicates": False,
+        "before": None,
+    } | options
     return ops.lsh_decode.default._op_dk(COMPOSITE, q, *cache.tensors(), buckets, **options)
 
 
@@ -199,6 +210,167 @@ def test_keys_are_normalized_if_asked(device: str, dtype: torch.dtype, composite
     expected = F.normalize(k.double(), dim=-1).to(dtype)
     torch.testing.assert_close(cache.keys[:, :, :9], expected)
     assert torch.equal(cache.values[:, :, :9], v)
+
+
+def completed(v: Tensor, padding: Tensor, mix: Tensor) -> Tensor:
+    """Each row of ``v (B, H, n, D)`` with the next, in float64; but not those of padding."""
+    wide, mix = v.double().clone(), mix.double()
+    for b, t in torch.cartesian_prod(*(torch.arange(n) for n in padding.shape)).tolist():
+        if padding[b, t] or t + 1 == v.shape[2]:
+            continue
+        following = v[b, :, t if padding[b, t + 1] else t + 1].double()
+        wide[b, :, t] = mix[0, :, None] * v[b, :, t].double() + mix[1, :, None] * following
+    return wide
+
+
+@pytest.mark.parametrize("composite", [False, True], ids=["kernel", "composite"])
+@pytest.mark.parametrize("mix_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_values_are_completed_by_the_next(
+    device: str, dtype: torch.dtype, mix_dtype: torch.dtype, composite: bool
+) -> None:
+    """In one piece, in pieces or one by one, beyond the capacity, with padding between."""
+    sizes = Sizes(capacity=30)
+    k, v, buckets = rows(sizes, 40, device, dtype, 3)
+    buckets.clamp_(max=sizes.n_buckets - 1)
+    padding = torch.zeros(2, 40, dtype=torch.bool)
+    padding[0, [5, 12, 13]] = True
+    buckets.masked_fill_(padding.to(device)[:, None, None], sizes.n_buckets)
+    mix = torch.rand(2, sizes.heads).to(device, mix_dtype)
+    expected = completed(v.cpu(), padding, mix.cpu())
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 2e-2)
+    for pieces in ([40], [1] * 40, [7, 6, 1, 26]):
+        cache, begin = Cache(sizes, device, dtype), 0
+        last = torch.full((2, sizes.heads, sizes.head_dim), math.nan, device=device, dtype=dtype)
+        lengths = torch.tensor([0, 11], device=device)
+        for n in pieces:
+            part = slice(begin, begin + n)
+            args = (k[:, :, part], v[:, :, part], buckets[..., part], lengths + begin)
+            append_everywhere(cache, composite, *args, value_mix=mix, last_values=last)
+            begin += n
+        kept, real = cache.values.cpu().double(), ~padding[0, :30]  # nobody reads padding's
+        ours, theirs = kept[0][:, real], expected[0, :, :30][:, real]
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+        assert torch.equal(last, v[:, :, -1])
+        ours, theirs = kept[1, :, 11:], expected[1, :, :19]
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+        assert kept[1, :, :10].isnan().all()  # nothing was there
+
+
+@pytest.mark.parametrize("composite", [False, True], ids=["kernel", "composite"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_prompts_padding_is_replaced(device: str, composite: bool) -> None:
+    """Prompts of 9 and 4 positions, padded to 9; then 3 each: as without padding."""
+    sizes = Sizes(capacity=20)
+    k, v, buckets = rows(sizes, 12, device, torch.float32, 5)
+    buckets.clamp_(max=sizes.n_buckets - 1)
+    mix = torch.rand(2, sizes.heads, device=device)
+    last = torch.zeros(2, sizes.heads, sizes.head_dim, device=device)
+    cache, lengths = Cache(sizes, device, torch.float32), torch.tensor([9, 4], device=device)
+    prompt = buckets[..., :9].clone()
+    prompt[1, :, :, 4:] = sizes.n_buckets
+    mixing = {"value_mix": mix, "last_values": last}
+    append_everywhere(cache, composite, k[:, :, :9], v[:, :, :9], prompt, 0 * lengths, **mixing)
+    assert torch.equal(last[0], v[0, :, 8]) and torch.equal(last[1], v[1, :, 3])
+    new = slice(9, 12)
+    args = (k[:, :, new], v[:, :, new], buckets[..., new], lengths)
+    append_everywhere(cache, composite, *args, **mixing)
+    for b, line in enumerate([v[0], torch.cat([v[1, :, :4], v[1, :, new]], dim=1)]):
+        n = line.shape[1]
+        expected = completed(line[None].cpu(), torch.zeros(1, n, dtype=torch.bool), mix.cpu())[0]
+        torch.testing.assert_close(cache.values[b, :, :n].cpu().double(), expected)
+
+
+@pytest.mark.parametrize("composite", [False, True], ids=["kernel", "composite"])
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_decode_of_next_values_is_exact_attention(
+    device: str, dtype: torch.dtype, composite: bool
+) -> None:
+    """Where a bucket holds everything: one by one and several at once, a query finds what is before
+    it, the value before it completed by its own."""
+    sizes = Sizes(rounds=1, n_buckets=1, window=40, capacity=40)
+    k, v, _ = rows(sizes, 24, device, dtype, 7)
+    q = k * 3.0
+    buckets = torch.zeros(2, sizes.heads, 1, 24, dtype=torch.int32, device=device)
+    mix = torch.rand(2, sizes.heads, device=device)
+    mixing = {"value_mix": mix, "last_values": torch.zeros_like(v[:, :, 0]).contiguous()}
+    w = completed(v.cpu(), torch.zeros(2, 24, dtype=torch.bool), mix.cpu())
+    logits = (q.double() @ k.double().mT * sizes.head_dim**-0.5).cpu()
+    logits.masked_fill_(torch.ones(24, 24, dtype=torch.bool).triu(), -math.inf)
+    expected = logits.softmax(-1).nan_to_num() @ w
+    expected[:, :, 0] = v[:, :, 0].double().cpu()
+    cache, begin, outs = Cache(sizes, device, dtype), 0, []
+    for n in [1, 1, 5, 1, 16]:
+        part = slice(begin, begin + n)
+        lengths = torch.full((2,), begin, device=device)
+        args = (k[:, :, part], v[:, :, part], buckets[..., part], lengths)
+        append_everywhere(cache, composite, *args, **mixing)
+        out, lse = decode(
+            cache,
+            composite,
+            q[:, :, part],
+            buckets[..., part],
+            own_values=v[:, :, part],
+            before=lengths,
+            correct_duplicates=n > 1,
+        )
+        assert torch.equal(lse[:, :, 0] == -1e5, torch.full_like(lse[:, :, 0], begin == 0).bool())
+        outs.append(out)
+        begin += n
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    got = torch.cat(outs, dim=2).cpu().double()
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_next_values_in_the_cache_are_registered_soundly() -> None:
+    sizes = Sizes()
+    cache = Cache(sizes, "cpu", torch.float32)
+    cache.keys.zero_(), cache.values.zero_(), cache.table.zero_()
+    k, v, buckets = rows(sizes, 9, "cpu", torch.float32, 0)
+    lengths = torch.full((sizes.batch,), 2)
+    last = torch.zeros(sizes.batch, sizes.heads, sizes.head_dim)
+    options = {"value_mix": torch.rand(2, sizes.heads), "last_values": last}
+    args = (*cache.tensors(), k, v, buckets, lengths)
+    torch.library.opcheck(ops.lsh_cache_append.default, args, options)
+    options = {"own_values": v, "before": lengths}
+    torch.library.opcheck(ops.lsh_decode.default, (k, *cache.tensors(), buckets), options)
+
+
+def test_next_values_in_the_cache_errors() -> None:
+    sizes = Sizes()
+    cache = Cache(sizes, "cpu", torch.float32)
+    k, v, buckets = rows(sizes, 2, "cpu", torch.float32, 0)
+    lengths = torch.zeros(sizes.batch, dtype=torch.int64)
+    mix, last = torch.rand(2, 3), torch.zeros(2, 3, 16)
+    for options, message in [
+        ({"value_mix": mix}, "expected value_mix and last_values together, got value_mix alone"),
+        (
+            {"last_values": last},
+            "expected value_mix and last_values together, got last_values alone",
+        ),
+        (
+            {"value_mix": mix[:1], "last_values": last},
+            "expected value_mix of shape [2, 3] (own and next, heads), got [1, 3]",
+        ),
+        (
+            {"value_mix": mix, "last_values": last[:1]},
+            "expected last_values of shape [2, 3, 16] (batch, heads, head dimension), "
+            "got [1, 3, 16]",
+        ),
+        (
+            {"value_mix": mix, "last_values": last.double()},
+            "expected last_values of dtype Float, got Double",
+        ),
+        (
+            {"value_mix": mix, "last_values": last.mT.contiguous().mT},
+            "expected a contiguous last_values, got strides [48, 1, 3]",
+        ),
+    ]:
+        with pytest.raises(RuntimeError) as raised:
+            reformer_ext.lsh_cache_append(*cache.tensors(), k, v, buckets, lengths, **options)
+        assert str(raised.value).splitlines()[0] == f"lsh_cache_append: {message}"
+    with pytest.raises(RuntimeError, match=r"lsh_decode: expected before of dtype Long, got Int"):
+        reformer_ext.lsh_decode(k, *cache.tensors(), buckets, before=lengths.int())
 
 
 def test_operators_are_registered_soundly() -> None:

@@ -52,12 +52,12 @@ SCHEMAS = {
     "lsh_decode": (
         "reformer::lsh_decode(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor counts, "
         "Tensor buckets, *, Tensor? own_values=None, float? scale=None, "
-        "bool correct_duplicates=False) -> (Tensor out, Tensor lse)"
+        "bool correct_duplicates=False, Tensor? before=None) -> (Tensor out, Tensor lse)"
     ),
     "lsh_cache_append": (
         "reformer::lsh_cache_append(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) table, "
         "Tensor(d!) counts, Tensor k, Tensor v, Tensor buckets, Tensor lengths, *, "
-        "bool normalize=False) -> ()"
+        "bool normalize=False, Tensor? value_mix=None, Tensor(e!)? last_values=None) -> ()"
     ),
     "merge_attention": (
         "reformer::merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)"

@@ -644,9 +644,10 @@ cudaError_t launch_append(const LshCacheAppendParams& params, cudaStream_t strea
   const int64_t sorted_blocks =
       counted ? 0 : ceil_div<int64_t>(lines * params.rows, kAppendThreads);
   if (std::max(blocks, sorted_blocks) > INT32_MAX) return cudaErrorInvalidValue;
-  const auto kernel = params.value_mix != nullptr ? append_kernel<T, true> : append_kernel<T, false>;
-  const cudaError_t error = launch_overlapped(
-      kernel, {static_cast<unsigned>(blocks), kAppendThreads}, stream, params);
+  const auto kernel =
+      params.value_mix != nullptr ? append_kernel<T, true> : append_kernel<T, false>;
+  const cudaError_t error =
+      launch_overlapped(kernel, {static_cast<unsigned>(blocks), kAppendThreads}, stream, params);
   if (error != cudaSuccess) return error;
   if (!counted) {
     const auto grid = static_cast<unsigned>(sorted_blocks);

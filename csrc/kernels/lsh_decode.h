@@ -49,12 +49,12 @@ cudaError_t lsh_decode(const LshDecodeParams& params, cudaStream_t stream);
 struct LshCacheAppendParams {
   void *keys, *values;
   int32_t *table, *counts;
-  NewRows k, v;            // rows begin at multiples of 16 bytes
-  bool normalize;          // k is brought to length one
-  // Null, or [own, next][H]: a value is kept as own v_t + next v_{t+1}, where padding (a row that no
-  // bucket of the first round takes) is no next value, but the row itself. The last row is kept as it
-  // is, and the one before the new ones is completed from last_values [B, H, D], the last v before
-  // them, which the last that is no padding replaces.
+  NewRows k, v;    // rows begin at multiples of 16 bytes
+  bool normalize;  // k is brought to length one
+  // Null, or [own, next][H]: a value is kept as own v_t + next v_{t+1}, where padding (a row that
+  // no bucket of the first round takes) is no next value, but the row itself. The last row is kept
+  // as it is, and the one before the new ones is completed from last_values [B, H, D], the last v
+  // before them, which the last that is no padding replaces.
   const float* value_mix;
   void* last_values;
   const int32_t* buckets;  // [B, H, R, T]; outside [0, N): no bucket takes the position
