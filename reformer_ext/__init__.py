@@ -6,7 +6,11 @@ Operators (``reformer_ext.ops``, re-exported here) run on CPU and CUDA, forward 
 
 from __future__ import annotations
 
-from .ops import (
+from . import _startup
+
+_startup.begin()  # before torch is imported
+
+from .ops import (  # noqa: E402
     apply_rotary,
     bucket_sort,
     chunked_attention,
@@ -24,7 +28,7 @@ from .ops import (
     split_heads,
     workspace_limit,
 )
-from .packed import chunked_attention_packed, lsh_attention_packed
+from .packed import chunked_attention_packed, lsh_attention_packed  # noqa: E402
 
 __version__ = "0.2.0"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,16 @@ import torch
 from .nn import ReformerLM
 from .nn.formats import FORMAT, check_format
 from .nn.pretrained import restore_model
+from .terminal import shown
 
-__all__ = ["CheckpointError", "load_checkpoint", "load_model", "model_of", "save_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "load_checkpoint",
+    "load_model",
+    "model_of",
+    "naming",
+    "save_checkpoint",
+]
 
 _KIND = "reformer_ext.checkpoint"
 
@@ -28,10 +38,13 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     Written to a hidden file beside it, flushed to the disk, then renamed over it. An error (a full
     disk, say) leaves ``path`` as it was.
+
+    Raises:
+        OSError: with the name of the file.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             torch.save({"format": _KIND, "version": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -47,6 +60,17 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             os.close(folder)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of writing, which names no file, names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """What :func:`save_checkpoint` wrote, with its tensors on the CPU. Runs no code from the file.
 
@@ -54,31 +78,34 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: no such file, no ordinary one, unreadable, truncated, damaged, written by
             something else or by a newer version.
     """
+    name = shown(path)
     try:
         # A pipe would be waited for.
         if stat.S_ISDIR(mode := os.stat(path).st_mode):
-            raise CheckpointError(f"checkpoint: expected {path} to be a file, got a folder")
+            raise CheckpointError(f"checkpoint: expected {name} to be a file, got a folder")
         if not stat.S_ISREG(mode):
-            raise CheckpointError(f"checkpoint: expected {path} to be an ordinary file")
+            raise CheckpointError(f"checkpoint: expected {name} to be an ordinary file")
         with open(path, "rb") as file:
             state = _read(file)
     except FileNotFoundError:
-        raise CheckpointError(f"checkpoint: {path} does not exist") from None
+        raise CheckpointError(f"checkpoint: {name} does not exist") from None
     except OSError as error:
-        raise CheckpointError(f"checkpoint: cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(
+            f"checkpoint: cannot read {name}: {error.strerror or error}"
+        ) from error
     except _Damaged as error:
-        raise CheckpointError(f"checkpoint: {path} is damaged: {error}") from error
+        raise CheckpointError(f"checkpoint: {name} is damaged: {error}") from error
     except CheckpointError:
         raise
     except Exception as error:  # torch.load raises almost anything on a damaged file
         raise CheckpointError(
-            f"checkpoint: {path} ({os.path.getsize(path):,} bytes) is truncated or no checkpoint "
+            f"checkpoint: {name} ({os.path.getsize(path):,} bytes) is truncated or no checkpoint "
             "of reformer_ext"
         ) from error
     if not isinstance(state, dict) or state.get("format") != _KIND:
-        raise CheckpointError(f"checkpoint: {path} was not written by reformer_ext")
+        raise CheckpointError(f"checkpoint: {name} was not written by reformer_ext")
     try:
-        check_format(str(path), state.get("version"))
+        check_format(name, state.get("version"))
     except ValueError as error:
         raise CheckpointError(f"checkpoint: {error}") from None
     return state
@@ -106,7 +133,9 @@ def model_of(state: dict[str, Any], path: Path) -> ReformerLM:
     try:
         return restore_model(ReformerLM, state.get("config"), state.get("model"), "config", "model")
     except ValueError as error:
-        raise CheckpointError(f"checkpoint: {path} does not fit this version: {error}") from error
+        raise CheckpointError(
+            f"checkpoint: {shown(path)} does not fit this version: {error}"
+        ) from error
 
 
 def load_model(path: Path, device: torch.device) -> ReformerLM:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -11,12 +14,13 @@ from typing import Any
 
 import torch
 
-from . import info
+from . import _startup, info
 from .checkpoint import CheckpointError
 from .data import CorpusError
 from .generate import Sampling, generate, generate_batch, load_model
 from .nn import ReformerConfig
 from .report import inspect_checkpoint
+from .terminal import Output, readable, shown
 from .train import Recipe, TrainError, default_recipe, train
 
 __all__ = ["main"]
@@ -56,19 +60,56 @@ _FIELDS: tuple[tuple[str, Any, str], ...] = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; ``argv`` defaults to the process's arguments.
 
+    Every error is one line on the standard error; with ``REFORMER_DEBUG=1`` in the environment its
+    traceback. If nobody reads the output any more, as after ``head``, the command ends quietly.
+
     Returns:
-        The exit status: 0, 1 for an error that the message explains, 2 for wrong usage (argparse
-        exits itself), 130 if interrupted.
+        The exit status: 0, 1 for an error, 2 for wrong usage (argparse exits itself), 130 if
+        interrupted.
     """
-    args = _parser().parse_args(argv)
+    _startup.ready()
+    for stream in (sys.stdout, sys.stderr):  # text that their encoding lacks is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return int(args.run(args))
-    except (CheckpointError, CorpusError, TrainError, ValueError, OSError) as error:
-        print(f"reformer: {error}", file=sys.stderr)
-        return 1
+        args = _parser().parse_args(argv)
+        status = int(args.run(args))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE and not error.filename:
+            _discard_output()
+            return 0
+        if os.environ.get("REFORMER_DEBUG") == "1":
+            raise
+        with contextlib.suppress(OSError):
+            print(f"reformer: {_explain(error)}", file=sys.stderr)
+        return 1
+
+
+def _explain(error: Exception) -> str:
+    """An error on one line."""
+    text = " ".join(line.strip() for line in readable(str(error)).splitlines())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{shown(os.fsdecode(error.filename))}: {error.strerror}"
+    if isinstance(error, (CheckpointError, CorpusError, TrainError, ValueError, OSError)):
+        return text
+    kind = type(error).__name__
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+        kind = "out of memory"
+    return f"{kind}: {text} (REFORMER_DEBUG=1 shows where)"
+
+
+def _discard_output() -> None:
+    """So that what is left in the buffers is not written, and complained about, at the exit."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,10 +158,16 @@ def _parser() -> argparse.ArgumentParser:
     write = commands.add_parser(
         "generate",
         help="continue a prompt with a trained model",
-        description="Writes the prompt and its continuation to the standard output, as raw bytes, "
-        "each as soon as it is there; several prompts one after the other under headings.",
+        description="Writes the prompt and its continuation to the standard output, as raw bytes "
+        "(on a terminal control characters as \\x1b), each as soon as it is there; several prompts "
+        "one after the other under headings.",
     )
-    write.add_argument("--checkpoint", type=Path, required=True, help="of reformer train")
+    write.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="of reformer train, or a saved model's folder",
+    )
     prompt = write.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt",
@@ -163,7 +210,12 @@ def _parser() -> argparse.ArgumentParser:
         "buckets are, how many keys come again in other rounds. Prints a table and writes a "
         "report.",
     )
-    look.add_argument("--checkpoint", type=Path, required=True, help="of reformer train")
+    look.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="of reformer train, or a saved model's folder",
+    )
     look.add_argument(
         "--data",
         nargs="+",
@@ -202,6 +254,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="of reformer train, or the folder of a saved model",
+    )
+
+
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
@@ -225,13 +286,21 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda":
         if not available:
             raise ValueError(f"--device: {name} is not available: torch sees no GPU")
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device: {name} is not available: torch sees {count} GPUs")
         torch.set_float32_matmul_precision("high")
     return device
 
 
 def _train(args: argparse.Namespace) -> int:
     names = [name.replace("-", "_") for name, _, _ in _FIELDS]
-    name = args.paths[0].resolve().stem if args.paths else "python"
+    name = "python"
+    if args.paths:
+        try:
+            name = args.paths[0].resolve().stem
+        except (OSError, RuntimeError):  # a loop of links, which is no corpus
+            name = args.paths[0].stem
     return train(
         args.paths,
         args.out or Path("runs", name or "root"),
@@ -244,6 +313,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    output = Output()
     prompts = [os.fsencode(text) for text in args.prompt or [""]]
     if args.prompt_file:
         prompts = [args.prompt_file.read_bytes()]
@@ -254,22 +324,16 @@ def _generate(args: argparse.Namespace) -> int:
         "stop": [os.fsencode(text) for text in args.stop],
         "seed": args.seed,
     }
-    stream = sys.stdout.buffer
     if len(prompts) > 1:
         texts = generate_batch(model, prompts, args.length, **options)
         for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
-            stream.write(f"==> {number} <==\n".encode() + prompt + text + b"\n")
+            output.write(f"==> {number} <==\n".encode() + prompt + text + b"\n")
         return 0
     continuation = generate(model, prompts[0], args.length, **options)
-    stream.write(prompts[0])
-    try:
-        for byte in continuation:
-            stream.write(byte)
-            stream.flush()
-        if sys.stdout.isatty():
-            print()
-    except BrokenPipeError:  # the reader has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    output.write(prompts[0])
+    for byte in continuation:
+        output.write(byte)
+    output.end()
     return 0
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .terminal import shown
+
 __all__ = ["Corpus", "CorpusError", "find_files", "load_corpus", "sample_batch", "step_seed"]
 
 SEPARATOR = b"\0"  # after every file, so that a model learns where files begin and end
@@ -52,7 +54,8 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
 
     Below folders, symbolic links, hidden names and ``__pycache__`` are left out. Without paths: the
     ``.py`` files of the running Python's standard library, without its test suites, which not every
-    installation has, and ``site-packages``. Raises CorpusError if a path does not exist.
+    installation has, and ``site-packages``. Raises CorpusError if a path does not exist, or a
+    folder cannot be read.
     """
     if not paths:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -65,7 +68,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
         elif path.is_file():
             files[path] = None
         else:
-            raise CorpusError(f"corpus: {path} is neither a file nor a folder")
+            raise CorpusError(f"corpus: {shown(path)} is neither a file nor a folder")
     return list(files)
 
 
@@ -79,13 +82,13 @@ def load_corpus(paths: Sequence[Path] = ()) -> Corpus:
     Raises:
         CorpusError: nothing to read, an unreadable file, or too few bytes.
     """
-    name = ", ".join(map(str, paths)) if paths else "the Python standard library"
+    name = ", ".join(map(shown, paths)) if paths else "the Python standard library"
     contents: dict[bytes, bytes] = {}  # copies of a file would leak from training to held-out
     for file in find_files(paths):
         try:
             data = file.read_bytes()
         except OSError as error:
-            raise CorpusError(f"corpus: cannot read {file}: {error.strerror}") from error
+            raise CorpusError(f"corpus: cannot read {shown(file)}: {error.strerror}") from error
         if data:
             contents.setdefault(hashlib.sha256(data).digest(), data + SEPARATOR)
     total = sum(map(len, contents.values()))
@@ -140,7 +143,11 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def _walk(root: Path, skip: set[str]) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
+    def refuse(error: OSError) -> None:
+        folder = shown(error.filename or root)
+        raise CorpusError(f"corpus: cannot read {folder}: {error.strerror}") from error
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [
             name for name in folders if name[0] != "." and name not in skip | {"__pycache__"}
         ]

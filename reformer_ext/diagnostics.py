@@ -280,6 +280,7 @@ def captured_mass(
         _check(op, "k", k.shape == qk.shape, f"{list(qk.shape)} as qk", list(k.shape))
     _check(op, "top_k", top_k >= 1, "at least 1", top_k)
     batch, heads, length, head_dim = qk.shape
+    asked, top_k = top_k, min(top_k, length)
     windows = _Windows(
         op,
         (batch, heads, length),
@@ -325,7 +326,7 @@ def captured_mass(
             nothing = nothing | key_padding_mask[:, None, block]
         parts.append(part.masked_fill(nothing[:, :, None], math.nan))
     mass, best, uniform, recall = torch.cat(parts, dim=-1).unbind(0)
-    return CapturedMass(queries, mass, best, uniform, recall, top_k)
+    return CapturedMass(queries, mass, best, uniform, recall, asked)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def generate(
     Raises:
         ValueError: an argument is out of range.
     """
-    _check(model, [prompt], length, stop)
+    _check(model, [prompt], length, stop, seed)
     steps = _continue(model, [prompt], length, sampling, stop, seed)
     return (bytes([token]) for (token,) in steps if token is not None)
 
@@ -111,7 +112,7 @@ def generate_batch(
     contexts begin anew when the longest is full. Arguments and errors are the same; no prompts give
     no continuations.
     """
-    _check(model, prompts, length, stop)
+    _check(model, prompts, length, stop, seed)
     texts = [bytearray() for _ in prompts]
     if prompts:
         for tokens in _continue(model, prompts, length, sampling, stop, seed):
@@ -160,6 +161,7 @@ def generate_from_source(
         )
     if length < 1:
         raise ValueError(f"generate_from_source: expected length >= 1, got {length}")
+    _check_seed(seed, batch)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
     texts: list[list[int]] = prompt.tolist()
     running = list(range(batch))
@@ -188,13 +190,20 @@ def generate_from_source(
     return torch.tensor(filled, device=source.device)[:, prompt.shape[1] :]
 
 
-def _check(model: ReformerLM, prompts: Sequence[bytes], length: int, stop: Sequence[bytes]) -> None:
+def _check(
+    model: ReformerLM, prompts: Sequence[bytes], length: int, stop: Sequence[bytes], seed: int
+) -> None:
     for prompt in prompts:
         _expect("prompt", type(prompt).__name__, isinstance(prompt, (bytes, bytearray)), "of bytes")
     vocabulary = model.config.vocab_size
     _expect("model.config.vocab_size", vocabulary, vocabulary >= 256, ">= 256")
     _expect("length", length, length >= 0, ">= 0")
     _expect("stop", list(stop), all(stop), "without an empty string")
+    _check_seed(seed, len(prompts))
+
+
+def _check_seed(seed: int, count: int) -> None:
+    _expect("seed", seed, -(2**63) <= seed <= 2**64 - max(count, 1), "of 64 bits")
 
 
 def _continue(
@@ -263,7 +272,8 @@ def _logits_after(model: ReformerLM, contexts: list[list[int]], cache: DecodingC
 def sample(
     logits: Tensor, sampling: Sampling, generator: torch.Generator, context: Sequence[int] = ()
 ) -> int:
-    """Draws an index from ``logits (V,)`` on the CPU, after a context of indices."""
+    """Draws an index from ``logits (V,)`` on the CPU, after a context of indices. Raises ValueError
+    for logits that are not finite: the model has diverged."""
     penalty = sampling.repetition_penalty
     if penalty != 1.0 and context:
         seen = torch.tensor(sorted(set(context)))
@@ -271,12 +281,24 @@ def sample(
         logits = logits.clone()
         logits[seen] = torch.where(old > 0, old / penalty, old * penalty)
     if sampling.temperature == 0:
-        return int(logits.argmax())
+        best = logits.argmax()
+        _check_logit(float(logits[best]))
+        return int(best)
     values, indices = logits.sort(descending=True, stable=True)
-    probabilities = torch.softmax(values / sampling.temperature, dim=0)
+    _check_logit(float(values[0]))
+    scaled = values / sampling.temperature
+    if not scaled.isfinite().all():  # of a tiny temperature
+        scaled = (values - values[0]).double() / sampling.temperature
+    probabilities = torch.softmax(scaled, dim=0)
     if sampling.top_k:
         probabilities[sampling.top_k :] = 0
     # Those before which less than p has been summed, so at least one.
     threshold = sampling.top_p * probabilities.sum()
-    probabilities[probabilities.cumsum(0) - probabilities >= threshold] = 0
+    rest = probabilities.cumsum(0) - probabilities >= threshold
+    rest[0] = False  # of a p that rounds to 0
+    probabilities[rest] = 0
     return int(indices[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def _check_logit(largest: float) -> None:
+    _expect("logits", largest, math.isfinite(largest), "that are finite: the model has diverged")

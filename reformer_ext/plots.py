@@ -1,8 +1,9 @@
-"""Pictures: of a training and of an inspection. All raise ImportError without matplotlib."""
+"""Pictures: of a training and of an inspection. They take matplotlib."""
 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,28 @@ from typing import Any
 from torch import Tensor
 
 from .diagnostics import BucketOccupancy, CapturedMass, LSHLayerReport, RoundCollisions
+from .nn.pretrained import first_line
 
-__all__ = ["by_round", "draw", "draw_losses"]
+__all__ = ["by_round", "draw", "draw_losses", "why_no_drawing"]
+
+
+def why_no_drawing() -> str:
+    """What is wrong with matplotlib, for after its name; empty if nothing is."""
+    try:
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
+    except Exception as error:  # a library of another version raises anything
+        name = error.name if isinstance(error, ModuleNotFoundError) else None
+        if name is not None and name.partition(".")[0] == "matplotlib":
+            return "is absent (pip install matplotlib)"
+        return f"is broken ({type(error).__name__}: {first_line(error)})"
+    return ""
 
 
 def draw_losses(
     title: str, history: list[dict[str, float]], lines: dict[str, float], path: Path
 ) -> None:
-    """Loss by step, and the final held-out results as lines. ImportError without matplotlib."""
+    """Loss by step, and the final held-out results as lines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -28,7 +43,8 @@ def draw_losses(
     smooth = [sum(window) / len(window) for window in windows]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title=title)
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
+    axes.set_title(title, parse_math=False)  # a file name may have dollars
     axes.plot(steps, losses, color="0.85", linewidth=0.5)
     axes.plot(steps, smooth, color="C0", label="training")
     held_out = [line for line in history if "held_out" in line]
@@ -47,7 +63,7 @@ def draw_losses(
     axes.set_ylim(0, min(8.5, 1.05 * max(smooth)))
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     figure.savefig(temporary, format="png")
     temporary.replace(path)
 
@@ -55,14 +71,14 @@ def draw_losses(
 def draw(layers: Sequence[LSHLayerReport], title: str | None = None) -> bytes:
     """A PNG with a row for each layer: captured mass, bucket sizes, new keys by round.
 
-    With a title, the rows have theirs, too. Raises ImportError without matplotlib.
+    With a title, the rows have theirs, too.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.4 * len(layers)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title or "")
+    figure.suptitle(title or "", parse_math=False)
     rows = figure.subfigures(len(layers), 1, squeeze=False)[:, 0]
     for row, layer in zip(rows, layers, strict=True):
         if title is not None:

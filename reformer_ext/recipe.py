@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 __all__ = ["Recipe", "default_recipe"]
+
+_MOST_TOKENS = 1 << 31  # of a step: beyond, the tokens alone would fill most machines
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,9 @@ class Recipe:
         weight_decay: of the weight matrices.
         seed: of initial weights, data and dropout.
         eval_every: steps between evaluations on a part of the held-out bytes.
+
+    Raises:
+        ValueError: naming the field, what was expected and what came.
     """
 
     steps: int
@@ -37,12 +43,26 @@ class Recipe:
     eval_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "context", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("lr", "lr_other", "warmup", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name, least in (
+            *(("steps", 1), ("batch", 1), ("context", 1), ("eval_every", 1)),
+            *(("warmup", 0), ("seed", 0)),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name}: expected an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        for name in ("lr", "lr_other", "weight_decay"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number, at least 0, got {value}")
+        if self.batch * self.context > _MOST_TOKENS:
+            raise ValueError(
+                f"batch: expected at most {_MOST_TOKENS:,} bytes a step, got {self.batch:,} "
+                f"sequences of {self.context:,}"
+            )
 
 
 def default_recipe(device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:

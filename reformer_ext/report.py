@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
+import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -12,15 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, load_model, naming
 from .data import SEPARATOR, CorpusError, find_files, load_corpus
 from .diagnostics import (
     LayerReport,
     LSHLayerReport,
     inspect_model,
 )
-from .generate import autocast, load_model
-from .plots import by_round, draw
+from .generate import autocast
+from .plots import by_round, draw, why_no_drawing
+from .terminal import shown
 
 __all__ = ["draw", "html_page", "inspect_checkpoint", "layer_numbers", "text_table"]
 
@@ -97,7 +98,7 @@ def inspect_checkpoint(
     """Inspects the model of a checkpoint of ``reformer train``: prints a table, writes a report.
 
     Args:
-        checkpoint: its file.
+        checkpoint: its file, or the folder of a saved model.
         out: the report: a page ending in .html, which needs no other file, or a picture ending in
             .png.
         data: files and folders whose bytes the model reads; none: those held out in training.
@@ -113,11 +114,11 @@ def inspect_checkpoint(
     """
     if out.suffix not in (".html", ".png"):
         raise ValueError(f"inspect: expected --out to end in .html or .png, got {out}")
-    can_draw = importlib.util.find_spec("matplotlib") is not None
-    if out.suffix == ".png" and not can_draw:
+    no_drawing = why_no_drawing()
+    if out.suffix == ".png" and no_drawing:
         raise ValueError(
-            f"inspect: {out} needs matplotlib, which is absent (pip install matplotlib); a report "
-            "ending in .html does without"
+            f"inspect: {shown(out)} needs matplotlib, which {no_drawing}; a report ending in .html "
+            "does without"
         )
     for option, number in (
         ("--length", length),
@@ -133,7 +134,7 @@ def inspect_checkpoint(
     if "lsh" not in config.layers:
         raise ValueError(
             f"inspect: expected a model with lsh layers, got layers {','.join(config.layers)} "
-            f"in {checkpoint}"
+            f"in {shown(checkpoint)}"
         )
     length = config.max_length if length is None else length
     sequences = max(1, _DEFAULT_BYTES // length) if sequences is None else sequences
@@ -145,26 +146,23 @@ def inspect_checkpoint(
         )
     rounds = config.n_hashes if n_hashes is None else n_hashes
     facts = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": shown(checkpoint),
         "model": f"{' '.join(config.layers)}, dim {config.dim}, {config.heads} heads",
         "lsh layers": f"{rounds} hash rounds, chunks of {config.chunk_size}",
         "data": f"{name}: {sequences:,} x {length:,} of {len(text):,} bytes",
         "queries": f"{min(n_queries, length):,} of each sequence; top keys: {top_k}",
     }
+    if out.suffix == ".png":
+        title = f"{shown(checkpoint)}: {facts['lsh layers']}, {sequences:,} x {length:,} bytes"
+        content = draw(_lsh_layers(layers), title)
+    else:
+        content = html_page(layers, facts, no_drawing=no_drawing).encode()
+    _write(out, content)  # before all that is printed: the reader may be gone
     for key, value in facts.items():
         print(f"{key + ':':<12}{value}")
     print(f"\n{text_table(layers)}\n{_NOTE}\n")
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    if out.suffix == ".png":
-        title = f"{checkpoint}: {facts['lsh layers']}, {sequences:,} x {length:,} bytes"
-        temporary.write_bytes(draw(_lsh_layers(layers), title))
-    else:
-        temporary.write_text(html_page(layers, facts, pictures=can_draw), encoding="utf-8")
-    temporary.replace(out)
-    absent = "" if can_draw else " without pictures: matplotlib is absent (pip install matplotlib)"
-    print(f"report: {out}{absent}")
+    absent = f" without pictures: matplotlib {no_drawing}" if no_drawing else ""
+    print(f"report: {shown(out)}{absent}")
 
 
 def layer_numbers(layer: LayerReport) -> dict[str, Tensor]:
@@ -194,15 +192,13 @@ def text_table(layers: Sequence[LayerReport]) -> str:
     return "\n".join(text)
 
 
-def html_page(
-    layers: Sequence[LayerReport], facts: dict[str, str], *, pictures: bool = True
-) -> str:
+def html_page(layers: Sequence[LayerReport], facts: dict[str, str], *, no_drawing: str = "") -> str:
     """The report as a page that refers to nothing outside itself.
 
     Args:
         layers: of :func:`reformer_ext.diagnostics.inspect_model`.
         facts: names and values to show at the top.
-        pictures: draw them; takes matplotlib.
+        no_drawing: why there are no pictures, which take matplotlib.
     """
     parts = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
@@ -214,11 +210,11 @@ def html_page(
         _html_table(_summary(layers)),
         _definitions({column.heading: column.meaning for column in _COLUMNS}),
     ]
-    if not pictures:
-        parts.append("<p>Without pictures: matplotlib is absent (pip install matplotlib).</p>")
+    if no_drawing:
+        parts.append(f"<p>Without pictures: matplotlib {escape(no_drawing)}.</p>")
     for layer in _lsh_layers(layers):
         parts.append(f"<h2>Layer {layer.index}</h2>")
-        if pictures:
+        if not no_drawing:
             encoded = base64.b64encode(draw([layer])).decode()
             parts.append(
                 f'<img src="data:image/png;base64,{encoded}" alt="Captured mass by hash rounds, '
@@ -232,8 +228,16 @@ def html_page(
 def _read(data: Sequence[Path], checkpoint: Path) -> tuple[str, Tensor]:
     """A name for the user and the bytes, uint8 ``(n,)``."""
     if data:
+        name = ", ".join(map(shown, data))
         text = b"".join(path.read_bytes() + SEPARATOR for path in find_files(data))
-        return ", ".join(map(str, data)), torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        if not text:
+            raise CorpusError(f"inspect: expected --data with files, got none in {name}")
+        return name, torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    if checkpoint.is_dir():
+        raise ValueError(
+            f"inspect: expected --data with the folder of a model, {shown(checkpoint)}, which does "
+            "not say what it was trained on"
+        )
     paths = [Path(path) for path in load_checkpoint(checkpoint).get("paths", [])]
     try:
         corpus = load_corpus(paths)
@@ -242,6 +246,19 @@ def _read(data: Sequence[Path], checkpoint: Path) -> tuple[str, Tensor]:
             f"{error} (these are the files of the training; --data names others)"
         ) from error
     return f"held-out bytes of {corpus.name}", corpus.held_out
+
+
+def _write(out: Path, content: bytes) -> None:
+    """In one step: the old report or the new one, whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with naming(out):
+            temporary.write_bytes(content)
+        temporary.replace(out)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _windows(text: Tensor, length: int, count: int, name: str) -> Tensor:

@@ -1,17 +1,67 @@
-"""What a run shows while it goes on."""
+"""What people see: text that does a terminal no harm, and the progress of a run."""
 
 from __future__ import annotations
 
+import codecs
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
-__all__ = ["Progress", "clock", "device_name"]
+__all__ = ["Output", "Progress", "clock", "device_name", "readable", "shown"]
+
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def readable(text: str) -> str:
+    """Control characters but new lines and tabs as ``\\x1b``, bytes that are not UTF-8 as
+    ``\\xff``."""
+
+    def escape(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        if 0xDC80 <= code <= 0xDCFF:  # what file names have in place of such a byte
+            code -= 0xDC00
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return _CONTROL.sub(escape, text)
+
+
+def shown(path: Path | str) -> str:
+    """A file name on one line."""
+    return readable(str(path)).replace("\n", "\\x0a").replace("\t", "\\x09")
+
+
+class Output:
+    """Bytes on the standard output, at once: as they are, or readable on a terminal.
+
+    Raises:
+        ValueError: it is closed.
+    """
+
+    def __init__(self) -> None:
+        if sys.stdout is None:
+            raise ValueError("generate: expected an open standard output, got a closed one")
+        self.decoder = None
+        if sys.stdout.isatty():
+            self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def write(self, data: bytes) -> None:
+        if self.decoder is None:
+            sys.stdout.buffer.write(data)
+        else:
+            sys.stdout.write(readable(self.decoder.decode(data)))
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """Ends the line of a terminal."""
+        if self.decoder is not None:
+            print(readable(self.decoder.decode(b"", final=True)), flush=True)
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line per evaluation."""
+    """A bar on a terminal; elsewhere a line per evaluation. OSError if nobody can see it."""
 
     def __init__(self, steps: int, device: torch.device) -> None:
         self.steps = steps

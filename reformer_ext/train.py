@@ -1,15 +1,19 @@
 """The main job: a byte-level ReformerLM trained on files, resumable at any step.
 
 Everything random in step n follows from (seed, n) and every schedule from n, so a run that was
-killed and resumed goes through the same losses as one that was not: on one machine, bit for bit.
+killed and resumed goes through the same losses as one that was not: on one machine and, on a CPU,
+with one number of threads, bit for bit. The checkpoint holds that number; resuming with another one
+says so, and is as good but not the same (torch adds up some gradients thread by thread).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import math
 import shlex
+import sys
 import textwrap
 import time
 from collections.abc import Sequence
@@ -19,14 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint import naming
 from .data import Corpus, load_corpus, sample_batch, step_seed
 from .generate import autocast, generate
 from .nn import ReformerConfig, ReformerLM
 from .optim import learning_rate_factor
-from .plots import draw_losses
+from .plots import draw_losses, why_no_drawing
 from .recipe import Recipe, default_recipe
-from .runs import Interruptions, Run, TrainError, build, restore
-from .terminal import Progress, clock, device_name
+from .runs import Interruptions, Run, TrainError, build, locked, restore
+from .terminal import Progress, clock, device_name, readable, shown
 
 __all__ = ["Recipe", "TrainError", "default_recipe", "evaluate", "train", "yardsticks"]
 
@@ -58,24 +63,43 @@ def train(
         checkpoint_every: steps between checkpoints.
 
     Returns:
-        0, or 130 after SIGINT or SIGTERM (the step is finished and a checkpoint written).
+        0, or 130 after SIGINT, SIGTERM or SIGHUP, or once nobody reads the progress any more (the
+        step is finished and a checkpoint written).
 
     Raises:
-        TrainError, CorpusError, CheckpointError, ValueError: with a message for the user.
+        TrainError, CorpusError, CheckpointError, ValueError, OSError: with a message for the user.
     """
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: expected at least 1, got {checkpoint_every}")
     checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists() and not (resume or overwrite):
-        raise TrainError(
-            f"train: {checkpoint} is another run's; --resume goes on with it, --overwrite replaces "
-            "it, --out names another folder"
-        )
-    if resume and checkpoint.exists():
-        run = restore(checkpoint, paths, options or {}, device)
-        print(f"resumed from {checkpoint} at step {run.step:,} of {run.recipe.steps:,}", flush=True)
-    else:
-        run = _start(paths, options or {}, device)
+    with locked(out):
+        if checkpoint.exists() and not (resume or overwrite):
+            raise TrainError(
+                f"train: {shown(checkpoint)} is another run's; --resume goes on with it, "
+                "--overwrite replaces it, --out names another folder"
+            )
+        if resume and checkpoint.exists():
+            run = restore(checkpoint, paths, options or {}, device)
+            print(
+                f"resumed from {shown(checkpoint)} at step {run.step:,} of {run.recipe.steps:,}",
+                flush=True,
+            )
+        else:
+            run = _start(paths, options or {}, device)
+        if not _go_on(run, out, device, checkpoint_every):
+            with contextlib.suppress(OSError):  # nobody may be there to read it
+                print(
+                    f"interrupted: {shown(checkpoint)} holds step {run.step:,}; --resume goes on",
+                    flush=True,
+                )
+            return EXIT_INTERRUPTED
+        _finish(run, out)
+    return 0
+
+
+def _go_on(run: Run, out: Path, device: torch.device, checkpoint_every: int) -> bool:
+    """Trains and saves, to the end or until interrupted: whether it is the end."""
+    checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
     recipe, model = run.recipe, run.model
     print(run.corpus.describe(), flush=True)
     print(
@@ -84,8 +108,6 @@ def train(
         f"{recipe.steps:,} steps of {recipe.batch} x {recipe.context:,} bytes",
         flush=True,  # before the progress on the standard error
     )
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "log.jsonl"
     log.write_text("".join(json.dumps(line) + "\n" for line in run.history))
     if run.step == 0:
         for name in ("loss.png", "sample.txt"):
@@ -93,38 +115,43 @@ def train(
         run.save(checkpoint)
 
     last_saved = run.step
-    with Interruptions() as interrupted, open(log, "a") as log_file:
+    with Interruptions() as interrupted, naming(log), open(log, "a") as log_file:
         progress = Progress(recipe.steps, device)
         while run.step < recipe.steps and not interrupted:
             started = time.perf_counter()
             record: dict[str, float] = {"step": run.step + 1, "loss": _step(run, device)}
-            if not math.isfinite(record["loss"]):
-                raise TrainError(
-                    f"train: the loss is {record['loss']} at step {run.step + 1}; the checkpoint "
-                    f"of step {last_saved} is kept; start again with a lower --lr"
-                )
+            _check_finite("loss", record["loss"], run.step + 1, last_saved)
             run.step += 1
             if run.step % recipe.eval_every == 0:
                 record["held_out"] = evaluate(
                     model, run.corpus.held_out, recipe.context, recipe.batch, _QUICK_EVALUATION
                 )
+                _check_finite("held-out loss", record["held_out"], run.step, last_saved)
             elapsed = time.perf_counter() - started
             run.seconds += elapsed
             run.history.append(record)
             log_file.write(json.dumps(record) + "\n")
             log_file.flush()
-            progress.update(record, recipe.batch * recipe.context, elapsed)
+            try:
+                progress.update(record, recipe.batch * recipe.context, elapsed)
+            except OSError:  # the reader is gone, or the terminal
+                interrupted.came = True
             if run.step % checkpoint_every == 0:
                 run.save(checkpoint)
                 last_saved = run.step
         if run.step != last_saved:
             run.save(checkpoint)
-        progress.close()
-    if run.step < recipe.steps:
-        print(f"interrupted: {checkpoint} holds step {run.step:,}; --resume goes on")
-        return EXIT_INTERRUPTED
-    _finish(run, out)
-    return 0
+        with contextlib.suppress(OSError):
+            progress.close()
+    return run.step == recipe.steps
+
+
+def _check_finite(name: str, value: float, step: int, last_saved: int) -> None:
+    if not math.isfinite(value):
+        raise TrainError(
+            f"train: the {name} is {value} at step {step}; the checkpoint of step {last_saved} is "
+            "kept; start again with a lower --lr"
+        )
 
 
 def evaluate(
@@ -209,34 +236,38 @@ def _step(run: Run, device: torch.device) -> float:
 
 
 def _finish(run: Run, out: Path) -> None:
-    """Evaluation on all held-out bytes, the picture and the sample."""
+    """Evaluation on all held-out bytes, the picture and the sample: first written, then told."""
     recipe = run.recipe
     held_out = bytes(run.corpus.held_out.tolist())
     bits = evaluate(run.model, run.corpus.held_out, recipe.context, recipe.batch)
     others = yardsticks(held_out)
-    with open(out / "log.jsonl", "a") as log_file:
-        result = {"step": run.step, "held_out_all": bits, "seconds": run.seconds, **others}
+    result = {"step": run.step, "held_out_all": bits, "seconds": run.seconds, **others}
+    with naming(out / "log.jsonl"), open(out / "log.jsonl", "a") as log_file:
         log_file.write(json.dumps(result) + "\n")
+    prompt = held_out[:_PROMPT_BYTES]
+    run.model.eval()
+    text = b"".join(generate(run.model, prompt, _SAMPLE_BYTES))
+    with naming(out / "sample.txt"):
+        (out / "sample.txt").write_bytes(prompt + text)
+    names = ["checkpoint.pt", "log.jsonl", "sample.txt"]
+    no_drawing = why_no_drawing()
+    if not no_drawing:
+        title = f"Reformer on the bytes of {run.corpus.name}"
+        draw_losses(title, run.history, {"all held out": bits, **others}, out / "loss.png")
+        names.append("loss.png")
+
     total = recipe.steps * recipe.batch * recipe.context
     print(f"trained on {total:,} bytes in {clock(run.seconds)}")
     print(
         f"held-out: {bits:.3f} bits per byte "
         f"({', '.join(f'{name} {value:.3f}' for name, value in others.items())})"
     )
-    names = ["checkpoint.pt", "log.jsonl", "sample.txt"]
-    try:
-        title = f"Reformer on the bytes of {run.corpus.name}"
-        draw_losses(title, run.history, {"all held out": bits, **others}, out / "loss.png")
-        names.append("loss.png")
-    except ImportError:
-        print("loss.png not drawn: matplotlib is absent (pip install matplotlib; then --resume)")
-
-    prompt = held_out[:_PROMPT_BYTES]
-    run.model.eval()
-    text = b"".join(generate(run.model, prompt, _SAMPLE_BYTES))
-    (out / "sample.txt").write_bytes(prompt + text)
+    if no_drawing:
+        print(f"loss.png not drawn: matplotlib {no_drawing}; after that, --resume draws it")
     print(f"sample, after the first {len(prompt)} held-out bytes and a |:")
-    shown = f"{prompt.decode(errors='replace')}|{text.decode(errors='replace')}"
-    print(textwrap.indent(shown, "    ", lambda line: True))
-    print(f"in {out}: {', '.join(names)}; for more of the like:")
-    print(f"  reformer generate --checkpoint {shlex.quote(str(out / 'checkpoint.pt'))}")
+    sample = f"{prompt.decode(errors='replace')}|{text.decode(errors='replace')}"
+    if sys.stdout is not None and sys.stdout.isatty():
+        sample = readable(sample)
+    print(textwrap.indent(sample, "    ", lambda line: True))
+    print(f"in {shown(out)}: {', '.join(names)}; for more of the like:")
+    print(f"  reformer generate --checkpoint {shlex.quote(shown(out / 'checkpoint.pt'))}")

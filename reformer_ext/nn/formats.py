@@ -66,6 +66,14 @@ ABSENT: Mapping[str, Mapping[str, Any]] = {
         "norm_eps": 1e-5,
         "initializer_range": 0.02,
     },
+    "Recipe": {  # of checkpoints; what is not here was never left out
+        "lr": 0.01,
+        "lr_other": 0.003,
+        "warmup": 20,
+        "weight_decay": 0.01,
+        "seed": 0,
+        "eval_every": 100,
+    },
 }
 
 
