@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +179,13 @@ def generator(device: torch.device, *numbers: int) -> torch.Generator:
 
 
 class Folder:
-    """Where the results of a benchmark go, an arm a file."""
+    """Where the results of a benchmark go, an arm a file. ``timed``: by measure.py."""
 
-    def __init__(self, path: Path, module: str, device: torch.device) -> None:
+    def __init__(self, path: Path, module: str, device: torch.device, timed: bool = False) -> None:
         self.path = path
         self.environment = measure.environment(device.type, module)
-        self.environment.pop("method")  # how calls are timed
+        if not timed:
+            self.environment.pop("method")  # how calls are timed
         path.mkdir(parents=True, exist_ok=True)
 
     def finished(self, name: str) -> bool:
@@ -241,17 +242,12 @@ def run_arms(
         except Exception as error:  # out of memory, a kernel that is missing
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"{name}: failed: {message}", file=sys.stderr, flush=True)
-            folder.save(
-                name, {"failed": message}, finished=isinstance(error, torch.OutOfMemoryError)
-            )
-            complete = False
+            too_large = isinstance(error, torch.OutOfMemoryError)  # as it will be the next time
+            folder.save(name, {"failed": message}, finished=too_large)
+            complete = complete and too_large
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return complete
-
-
-def described(recipe: Recipe) -> Row:
-    return asdict(recipe)
 
 
 def parameters(model: nn.Module) -> int:

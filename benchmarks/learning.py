@@ -252,6 +252,28 @@ def evaluate(model: ReformerLM, data: Tensor, context: int, tokens: int, count: 
     }
 
 
+def batches(data: Tensor, schedule: Schedule, seed: int) -> Callable[[int, float], clock.Batch]:
+    """Windows of the data at places that the seed and the number of the step say."""
+
+    def batch(step: int, done: float) -> clock.Batch:
+        context = schedule.context(done)
+        generator = clock.generator(torch.device("cpu"), seed, step)
+        starts = torch.randint(
+            len(data) - context, (schedule.tokens // context,), generator=generator
+        )
+        x = windows(data, starts.tolist(), context + 1)
+        return x[:, :-1], x[:, 1:]
+
+    return batch
+
+
+def some_bits(model: ReformerLM, data: Tensor, context: int, count: int) -> float:
+    """Bits per byte of so many windows, one at a time."""
+    starts = spread(count, len(data) - context - 1)
+    found = [bits(model, windows(data, [start], context + 1)).mean() for start in starts]
+    return torch.stack(found).mean().item()
+
+
 def run_arm(
     arm: str,
     name: str,
@@ -277,23 +299,13 @@ def run_arm(
         "validation": [],
     }
 
-    def batch(step: int, done: float) -> clock.Batch:
-        context = schedule.context(done)
-        generator = clock.generator(torch.device("cpu"), recipe.seed, step)
-        starts = torch.randint(
-            len(training) - context, (schedule.tokens // context,), generator=generator
-        )
-        x = windows(training, starts.tolist(), context + 1)
-        return x[:, :-1], x[:, 1:]
+    batch = batches(training, schedule, recipe.seed)
 
     def count(context: int) -> int:
         return max(1, min(args.validation_windows, len(validation) // context))
 
     def at_mark(trained: Row) -> None:
-        few = max(1, count(longest) // 16)
-        starts = spread(few, len(validation) - longest - 1)
-        found = [bits(model, windows(validation, [start], longest + 1)).mean() for start in starts]
-        figure = torch.stack(found).mean().item()
+        figure = some_bits(model, validation, longest, max(1, count(longest) // 16))
         row["validation"].append([trained["steps"], trained["seconds"], figure])
         folder.save(name, {**row, "trained": trained}, finished=False)
         print(f"  {trained['seconds']:5.0f} s {trained['steps']:6,} steps {figure:.4f}", flush=True)

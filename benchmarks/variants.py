@@ -431,8 +431,11 @@ def orthonormal(rotations: Tensor, n_buckets: Sequence[int]) -> Tensor:
                 f"orthonormal: expected at most {part.shape[1]} columns a factor, "
                 f"got {part.shape[-1]}"
             )
-        q, _ = torch.linalg.qr(part.float().transpose(1, 2))
-        parts.append(q.transpose(1, 2))
+        # By Cholesky: torch's batched QR on CUDA goes through the matrices one by one.
+        columns = part.double().transpose(1, 2)
+        lower = torch.linalg.cholesky_ex(columns.mT @ columns).L
+        unit = torch.linalg.solve_triangular(lower.mT, columns, upper=True, left=False)
+        parts.append(unit.transpose(1, 2))
     return torch.cat(parts, dim=-1).to(rotations.dtype)
 
 
