@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from reformer_ext.nn import ReformerConfig
+
 
 @dataclass(frozen=True)
 class AttentionCase:
@@ -600,3 +602,16 @@ MERGE_CASES: list[MergeCase] = [
     _M("transposed", layout="transposed", heads=3),
     _M("batch-0", batch=0),
 ]
+
+
+def tiny_config(**fields: object) -> ReformerConfig:
+    """Of a model in small sizes, of both kinds of chunked layers; ``fields`` instead."""
+    defaults = {
+        "dim": 16,
+        "heads": 2,
+        "layers": ("local", "lsh"),
+        "n_hashes": 2,
+        "chunk_size": 4,
+        "local_chunk_size": 4,
+    }
+    return ReformerConfig(**{**defaults, **fields})

@@ -13,7 +13,8 @@ from conftest import CUDA_DTYPES, device_dtypes, gpu
 from torch import Tensor
 
 import reformer_ext
-from reformer_ext.nn import DecodingCache, ReformerConfig, ReformerLM
+from python_tests.cases import tiny_config
+from reformer_ext.nn import DecodingCache, ReformerLM
 from reformer_ext.nn.cache import FullCache
 
 ops = torch.ops.reformer
@@ -600,7 +601,6 @@ def language_model(device: str = "cpu", **fields: object) -> ReformerLM:
     defaults = {
         "vocab_size": 50,
         "dim": 32,
-        "heads": 2,
         "layers": ("local", "lsh", "full"),
         "n_hashes": 3,
         "chunk_size": 64,
@@ -611,7 +611,7 @@ def language_model(device: str = "cpu", **fields: object) -> ReformerLM:
     }
     torch.manual_seed(1)
     dtype = torch.float64 if device == "cpu" else torch.float32
-    return ReformerLM(ReformerConfig(**{**defaults, **fields})).to(device, dtype).eval()
+    return ReformerLM(tiny_config(**{**defaults, **fields})).to(device, dtype).eval()
 
 
 def continued(model: ReformerLM, cache: DecodingCache, tokens: Tensor, pieces: list[int]) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import reformer_ext
-from python_tests.cases import ATTENTION_CASES, AttentionCase
+from python_tests.cases import ATTENTION_CASES, AttentionCase, tiny_config
 from reformer_ext import bucket_sort, lsh_hash, reference, sample_rotations
 from reformer_ext import train as train_module
 from reformer_ext.checkpoint import load_checkpoint, save_checkpoint
@@ -32,7 +32,7 @@ from reformer_ext.diagnostics import (
     spaced_queries,
 )
 from reformer_ext.generate import load_model
-from reformer_ext.nn import Reformer, ReformerConfig, ReformerEncoderDecoder, ReformerLM
+from reformer_ext.nn import Reformer, ReformerEncoderDecoder, ReformerLM
 
 # Without head dimensions, layouts and dropout, of which the candidates know nothing.
 CASES = [
@@ -358,8 +358,6 @@ def test_bad_arguments(call: Any, message: str) -> None:
 
 def small_model(**fields: Any) -> ReformerLM:
     config = {
-        "dim": 16,
-        "heads": 2,
         "layers": ("local", "lsh", "full", "lsh"),
         "max_length": 80,
         "chunk_size": 8,
@@ -367,7 +365,7 @@ def small_model(**fields: Any) -> ReformerLM:
         "n_hashes": 3,
         "initializer_range": 0.3,  # far from uniform attention
     }
-    return ReformerLM(ReformerConfig(**{**config, **fields}))
+    return ReformerLM(tiny_config(**{**config, **fields}))
 
 
 @pytest.mark.parametrize(

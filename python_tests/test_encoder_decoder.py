@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import reformer_ext
+from python_tests.cases import tiny_config
 from reformer_ext import ops, reference
 from reformer_ext.generate import Sampling, generate_from_source
 from reformer_ext.nn import (
@@ -331,17 +332,13 @@ def models(
     defaults = {
         "vocab_size": 40,
         "dim": DIM,
-        "heads": 2,
-        "n_hashes": 2,
-        "chunk_size": 4,
-        "local_chunk_size": 4,
         "max_length": 64,
         "loss_chunk_size": 7,
     }
     found = []
     for reversible in (True, False):
         torch.manual_seed(7)
-        decoder = ReformerConfig(
+        decoder = tiny_config(
             **{**defaults, "layers": ("local", "lsh", "full"), "reversible": reversible, **fields}
         )
         encoder = dataclasses.replace(

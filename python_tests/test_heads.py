@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from python_tests.cases import tiny_config
 from reformer_ext.nn import (
     ReformerConfig,
     ReformerForMaskedLM,
@@ -22,17 +23,7 @@ from reformer_ext.nn.pretrained import PretrainedModel
 
 
 def small_config(**fields: object) -> ReformerConfig:
-    defaults = {
-        "vocab_size": 40,
-        "dim": 16,
-        "heads": 2,
-        "layers": ("local", "lsh"),
-        "n_hashes": 2,
-        "chunk_size": 4,
-        "local_chunk_size": 4,
-        "causal": False,
-    }
-    return ReformerConfig(**{**defaults, **fields})
+    return tiny_config(**{"vocab_size": 40, "causal": False, **fields})
 
 
 def batch() -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from python_tests.cases import tiny_config
 from reformer_ext.nn import (
     AbsolutePositions,
     AxialPositions,
@@ -36,16 +37,9 @@ CPU = torch.device("cpu")
 
 
 def small_config(**fields: object) -> ReformerConfig:
-    defaults = {
-        "dim": 32,
-        "heads": 2,
-        "layers": ("local", "lsh"),
-        "n_hashes": 2,
-        "chunk_size": 8,
-        "local_chunk_size": 8,
-        "max_length": 128,
-    }
-    return ReformerConfig(**{**defaults, **fields})
+    return tiny_config(
+        **{"dim": 32, "chunk_size": 8, "local_chunk_size": 8, "max_length": 128, **fields}
+    )
 
 
 def random_mask(batch: int, length: int) -> Tensor:

@@ -11,6 +11,7 @@ from conftest import gpu
 from torch import Tensor, nn
 
 import reformer_ext
+from python_tests.cases import tiny_config
 from reformer_ext import reference
 from reformer_ext.nn import (
     FullSelfAttention,
@@ -234,18 +235,15 @@ def test_lsh_layer_replays_its_buckets() -> None:
 
 
 def small_config(**fields: object) -> ReformerConfig:
-    defaults = {
-        "vocab_size": 50,
-        "dim": 16,
-        "heads": 2,
-        "layers": ("local", "lsh", "full"),
-        "n_hashes": 2,
-        "chunk_size": 4,
-        "local_chunk_size": 4,
-        "max_length": 36,
-        "hash_seed": 3,
-    }
-    return ReformerConfig(**{**defaults, **fields})
+    return tiny_config(
+        **{
+            "vocab_size": 50,
+            "layers": ("local", "lsh", "full"),
+            "max_length": 36,
+            "hash_seed": 3,
+            **fields,
+        }
+    )
 
 
 @pytest.mark.parametrize("positions", ["rotary", "axial", "absolute", "none"])

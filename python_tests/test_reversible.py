@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import reformer_ext
+from python_tests.cases import tiny_config
 from reformer_ext import ops
 from reformer_ext.nn import Reformer, ReformerConfig, ReformerLM, ReversibleStack
 from reformer_ext.nn.reversible import ReversibleBlock
@@ -63,9 +64,7 @@ def reformers(dtype: torch.dtype = torch.float64, **fields: object) -> list[Refo
     """The same Reformer, reversible and plain."""
     defaults = {
         "dim": DIM,
-        "heads": 2,
         "layers": ("local", "lsh", "full", "lsh"),
-        "n_hashes": 2,
         "chunk_size": 8,
         "local_chunk_size": 8,
         "ff_chunk_size": 5,
@@ -73,7 +72,7 @@ def reformers(dtype: torch.dtype = torch.float64, **fields: object) -> list[Refo
     models = []
     for reversible in (True, False):
         torch.manual_seed(7)
-        config = ReformerConfig(**{**defaults, **fields, "reversible": reversible})
+        config = tiny_config(**{**defaults, **fields, "reversible": reversible})
         models.append(Reformer(config).to(dtype))
     return models
 
