@@ -102,7 +102,7 @@ def test_a_folder_made_for_nothing_goes(tmp_path: Path) -> None:
         _ = 1 // 0
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(TrainError, match="expected --out to be a folder, got the file .*/file"):
+    with pytest.raises(TrainError, match=r"expected --out to be a folder, got the file .*/file"):
         locked(tmp_path / "file").__enter__()
 
 

@@ -190,9 +190,10 @@ def test_kill_9_loses_only_the_steps_since_the_checkpoint(corpus: Path, tmp_path
     assert not (out / ".checkpoint.pt.tmp").exists()
 
 
-def test_sigterm_finishes_the_step_and_saves(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_finish_the_step_and_save(name: str, corpus: Path, tmp_path: Path) -> None:
     process = _start(corpus, tmp_path, 12, "--steps=100000", "--checkpoint-every=50000")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(getattr(signal, name))
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     step = load_checkpoint(tmp_path / "checkpoint.pt")["step"]
