@@ -22,7 +22,7 @@ from reformer_ext.generate import load_model
 from reformer_ext.nn import ReformerConfig, ReformerLM
 from reformer_ext.nn.formats import ABSENT, FORMAT
 from reformer_ext.nn.pretrained import config_from_fields
-from reformer_ext.train import evaluate
+from reformer_ext.train import Recipe, evaluate
 
 
 def check(model: Any, folder: Path) -> None:
@@ -98,6 +98,12 @@ def test_every_field_says_what_its_absence_means() -> None:
     """A new field of ReformerConfig goes into ABSENT, at the value of models that lack it."""
     fields = {field.name for field in dataclasses.fields(ReformerConfig)}
     assert set(ABSENT["ReformerConfig"]) == fields
+    optional = {
+        field.name
+        for field in dataclasses.fields(Recipe)
+        if field.default is not dataclasses.MISSING
+    }
+    assert set(ABSENT["Recipe"]) == optional
 
 
 def test_a_missing_field_is_not_a_new_default(tmp_path: Path) -> None:

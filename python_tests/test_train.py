@@ -28,7 +28,7 @@ from reformer_ext.data import CorpusError, find_files, load_corpus, sample_batch
 from reformer_ext.generate import Sampling, generate, generate_batch, load_model, sample
 from reformer_ext.nn import ReformerConfig, ReformerLM
 from reformer_ext.optim import Muon, learning_rate_factor, orthogonalize, split_parameters
-from reformer_ext.train import evaluate, yardsticks
+from reformer_ext.train import Recipe, evaluate, yardsticks
 
 # Dropout on, so that a resumed run must also get its random numbers right.
 TINY = [
@@ -641,3 +641,91 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([*command, "--help"])
     assert "usage: reformer" in capsys.readouterr().out
+
+
+def test_a_schedule_has_parts_of_the_same_bytes() -> None:
+    recipe = Recipe(10, 2, 64, schedule=((16, 0.55), (32, 0.25), (64, 0.2)))
+    assert recipe.stages() == [(6, 8, 16), (2, 4, 32), (2, 2, 64)]
+    assert [recipe.at(step) for step in (0, 5, 6, 7, 8, 9)] == [
+        *[(8, 16)] * 2,
+        *[(4, 32)] * 2,
+        *[(2, 64)] * 2,
+    ]
+    assert Recipe(10, 2, 64).stages() == [(10, 2, 64)]
+    down = Recipe(10, 8, 16, schedule=((64, 0.5), (16, 0.5)))
+    assert (down.longest, down.at(4), down.at(5)) == (64, (2, 64), (8, 16))
+
+
+def test_training_follows_its_schedule_and_resumes_in_it(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    evaluated: set[int] = set()
+    dies = {"at": -1}
+    real_sample, real_evaluate, real_step = sample_batch, evaluate, train_module._step
+
+    def sampled(data: torch.Tensor, batch: int, context: int, *rest: int) -> torch.Tensor:
+        asked.append((batch, context))
+        return real_sample(data, batch, context, *rest)
+
+    def evaluated_at(model: ReformerLM, data: torch.Tensor, context: int, *rest: Any) -> float:
+        evaluated.add(context)
+        return real_evaluate(model, data, context, *rest)
+
+    def dying_step(state: Any, device: torch.device) -> float:
+        if state.step == dies["at"]:
+            raise KeyboardInterrupt
+        return real_step(state, device)
+
+    monkeypatch.setattr(train_module, "sample_batch", sampled)
+    monkeypatch.setattr(train_module, "evaluate", evaluated_at)
+    monkeypatch.setattr(train_module, "_step", dying_step)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    arguments = ["train", corpus, "--steps=10", "--checkpoint-every=1", *TINY]
+    arguments += ["--context=16:0.6,64:0.4", "--eval-every=3"]
+    expected = [(8, 16)] * 6 + [(2, 64)] * 4
+
+    assert run(*arguments, "--out", whole) == 0
+    assert asked == expected
+    assert evaluated == {64}
+    assert [line["context"] for line in log(whole)[:-1]] == [context for _, context in expected]
+    assert load_checkpoint(whole / "checkpoint.pt")["config"]["max_length"] == 64
+    asked.clear()
+    for step, status in ((4, 130), (8, 130), (-1, 0)):
+        dies["at"] = step
+        assert run(*arguments, "--out", parts, "--resume") == status
+    assert asked == expected
+    assert steps(parts) == steps(whole)
+    assert run("train", "--resume", "--out", parts, "--device=cpu", "--context=64") == 1
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        ("16:0.5,64:0.4", "context: expected shares that add up to 1, got 0.5 + 0.4 = 0.9"),
+        ("16:1.5,64:-0.5", "context: expected contexts of at least 1 with shares above 0, got (64"),
+        ("0:0.5,64:0.5", "context: expected contexts of at least 1 with shares above 0, got (0, "),
+        (
+            "48:0.5,64:0.5",
+            "context: expected a divisor of the 128 bytes of a step (2 x 64), got 48",
+        ),
+        ("16:0.99,64:0.01", "context: expected at least one of 10 steps for each context, got no"),
+        ("64:0.5,1048576:0.5", "more than --context = 1,048,576 bytes to train on, got "),
+        ("1048576:0.5,32768:0.5", "context: expected a divisor of the 65,536 bytes of a step"),
+        ("16:nan,64:0.5", "context: expected contexts of at least 1 with shares above 0, got (16"),
+    ],
+)
+def test_schedules_that_do_not_add_up(
+    context: str, message: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run("train", corpus, "--out", out, "--steps=10", *TINY, f"--context={context}") == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("context", ["many", "16:0.5,64", "16:0.5:64", "", "16,64"])
+def test_schedules_of_another_form(context: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("train", f"--context={context}")
+    assert "--context: expected N, or N:SHARE,N:SHARE ... with" in capsys.readouterr().err

@@ -30,6 +30,20 @@ def _layers(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+def _contexts(text: str) -> tuple[tuple[int, float], ...]:
+    """Pairs of a context and its share of the steps."""
+    stages = [part.split(":") for part in text.split(",")]
+    try:
+        if len(stages) == 1 and len(stages[0]) == 1:
+            return ((int(text), 1.0),)
+        return tuple((int(context), float(share)) for context, share in stages)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            "expected N, or N:SHARE,N:SHARE ... with shares that add up to 1 "
+            f"(8192:0.9,65536:0.1), got {text!r}"
+        ) from None
+
+
 _EPILOG = """\
 train learns the Python standard library of this machine, or the files and folders named, in a few
 minutes; a killed run goes on with --resume. generate continues a prompt with a trained model.
@@ -40,7 +54,12 @@ what it can do."""
 _FIELDS: tuple[tuple[str, Any, str], ...] = (
     ("steps", int, "optimiser steps"),
     ("batch", int, "sequences per step"),
-    ("context", int, "bytes per sequence"),
+    (
+        "context",
+        _contexts,
+        "bytes per sequence; or a schedule such as 8192:0.9,65536:0.1, contexts and their shares "
+        "of the steps, each step with the bytes of --batch sequences of the last context",
+    ),
     ("lr", float, "learning rate of the weight matrices (Muon)"),
     ("lr-other", float, "learning rate of all other parameters (AdamW)"),
     ("warmup", int, "steps of linear warm-up; linear decay to zero follows"),
@@ -149,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind, text in _FIELDS:
         cpu, gpu = (_default(name.replace("-", "_"), device) for device in ("cpu", "cuda"))
         default = cpu if cpu == gpu else f"{cpu} on a CPU, {gpu} on a GPU"
-        metavar = {int: "N", float: "X"}.get(kind, "KINDS")
+        metavar = {int: "N", float: "X", _contexts: "N"}.get(kind, "KINDS")
         recipe.add_argument(
             f"--{name}", type=kind, metavar=metavar, help=f"{text} (default: {default})"
         )
@@ -286,6 +305,10 @@ def _device(name: str | None) -> torch.device:
 
 def _train(args: argparse.Namespace) -> int:
     names = [name.replace("-", "_") for name, _, _ in _FIELDS]
+    options = {key: getattr(args, key) for key in names if getattr(args, key) is not None}
+    if args.context is not None:
+        options["context"] = args.context[-1][0]
+        options["schedule"] = args.context if len(args.context) > 1 else ()
     name = "python"
     if args.paths:
         try:
@@ -296,7 +319,7 @@ def _train(args: argparse.Namespace) -> int:
         args.paths,
         args.out or Path("runs", name or "root"),
         device=_device(args.device),
-        options={key: getattr(args, key) for key in names if getattr(args, key) is not None},
+        options=options,
         resume=args.resume,
         overwrite=args.overwrite,
         checkpoint_every=args.checkpoint_every,

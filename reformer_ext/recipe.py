@@ -20,7 +20,10 @@ class Recipe:
     Attributes:
         steps: optimiser steps.
         batch: sequences per step.
-        context: bytes per sequence.
+        context: bytes per sequence, in training and where it is evaluated.
+        schedule: pairs of a context and its share of the steps, in order, the last that of
+            ``context``; steps of another context have as many sequences as make the same number of
+            bytes. Empty: ``context`` in all steps.
         lr: of the weight matrices (Muon); linear warm-up, then linear decay to zero.
         lr_other: of embeddings, biases and norms (AdamW), same schedule.
         warmup: steps.
@@ -41,6 +44,7 @@ class Recipe:
     weight_decay: float = 0.01
     seed: int = 0
     eval_every: int = 100
+    schedule: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -63,6 +67,71 @@ class Recipe:
                 f"batch: expected at most {_MOST_TOKENS:,} bytes a step, got {self.batch:,} "
                 f"sequences of {self.context:,}"
             )
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        for stage in self.schedule:
+            if not (
+                isinstance(stage, tuple)
+                and len(stage) == 2
+                and isinstance(stage[0], int)
+                and isinstance(stage[1], (int, float))
+                and not any(isinstance(value, bool) for value in stage)
+                and stage[0] >= 1
+                and stage[1] > 0
+            ):
+                raise ValueError(
+                    f"context: expected contexts of at least 1 with shares above 0, got {stage!r}"
+                )
+        if not self.schedule:
+            return
+        if self.schedule[-1][0] != self.context:
+            raise ValueError(
+                f"context: expected the last of the schedule, {self.schedule[-1][0]}, "
+                f"got {self.context}"
+            )
+        shares = [share for _, share in self.schedule]
+        if not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+            raise ValueError(
+                "context: expected shares that add up to 1, got "
+                f"{' + '.join(f'{share:g}' for share in shares)} = {sum(shares):g}"
+            )
+        for steps, batch, context in self.stages():
+            if batch * context != self.batch * self.context:
+                raise ValueError(
+                    f"context: expected a divisor of the {self.batch * self.context:,} bytes of a "
+                    f"step ({self.batch:,} x {self.context:,}), got {context:,}"
+                )
+            if steps < 1:
+                raise ValueError(
+                    f"context: expected at least one of {self.steps:,} steps for each context, "
+                    f"got none for {context:,}"
+                )
+
+    @property
+    def longest(self) -> int:
+        """The longest context of any step."""
+        return max([self.context, *(context for context, _ in self.schedule)])
+
+    def stages(self) -> list[tuple[int, int, int]]:
+        """Steps, batch and context of each part of the training, in order."""
+        if not self.schedule:
+            return [(self.steps, self.batch, self.context)]
+        done, share_done, result = 0, 0.0, []
+        for context, share in self.schedule:
+            share_done += share
+            end = round(share_done * self.steps)
+            result.append((end - done, self.batch * self.context // context, context))
+            done = end
+        return result
+
+    def at(self, step: int) -> tuple[int, int]:
+        """Batch and context of a step, which counts from 0."""
+        for steps, batch, context in self.stages():
+            if step < steps:
+                return batch, context
+            step -= steps
+        return self.batch, self.context
 
 
 def default_recipe(device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:

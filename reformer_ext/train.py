@@ -105,7 +105,7 @@ def _go_on(run: Run, out: Path, device: torch.device, checkpoint_every: int) -> 
     print(
         f"{' '.join(run.model.config.layers)}, dim {run.model.config.dim}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device_name(device)}; "
-        f"{recipe.steps:,} steps of {recipe.batch} x {recipe.context:,} bytes",
+        f"{_describe(recipe)} bytes",
         flush=True,  # before the progress on the standard error
     )
     log.write_text("".join(json.dumps(line) + "\n" for line in run.history))
@@ -120,6 +120,8 @@ def _go_on(run: Run, out: Path, device: torch.device, checkpoint_every: int) -> 
         while run.step < recipe.steps and not interrupted:
             started = time.perf_counter()
             record: dict[str, float] = {"step": run.step + 1, "loss": _step(run, device)}
+            if recipe.schedule:
+                record["context"] = recipe.at(run.step)[1]
             _check_finite("loss", record["loss"], run.step + 1, last_saved)
             run.step += 1
             if run.step % recipe.eval_every == 0:
@@ -201,7 +203,7 @@ def _start(paths: Sequence[Path], options: dict[str, Any], device: torch.device)
         fields = recipe_fields if name in Recipe.__dataclass_fields__ else config_fields
         fields[name] = value
     recipe = Recipe(**recipe_fields)
-    config = ReformerConfig(**{"max_length": recipe.context, **config_fields})
+    config = ReformerConfig(**{"max_length": recipe.longest, **config_fields})
     corpus = load_corpus(paths)
     _check_sizes(corpus, recipe)
     torch.manual_seed(step_seed(recipe.seed, -1))
@@ -209,10 +211,17 @@ def _start(paths: Sequence[Path], options: dict[str, Any], device: torch.device)
     return build(model, recipe, [str(path.absolute()) for path in paths], corpus, device)
 
 
+def _describe(recipe: Recipe) -> str:
+    parts = [f"{steps:,} of {batch} x {context:,}" for steps, batch, context in recipe.stages()]
+    if len(parts) == 1:
+        return f"{recipe.steps:,} steps of {recipe.batch} x {recipe.context:,}"
+    return f"{recipe.steps:,} steps, {', then '.join(parts)}"
+
+
 def _check_sizes(corpus: Corpus, recipe: Recipe) -> None:
-    if len(corpus.train) <= recipe.context:
+    if len(corpus.train) <= recipe.longest:
         raise TrainError(
-            f"train: expected more than --context = {recipe.context:,} bytes to train on, got "
+            f"train: expected more than --context = {recipe.longest:,} bytes to train on, got "
             f"{len(corpus.train):,} ({corpus.name}); name more files or lower --context"
         )
 
@@ -221,8 +230,8 @@ def _step(run: Run, device: torch.device) -> float:
     """One optimiser step; the loss in bits per byte."""
     recipe = run.recipe
     torch.manual_seed(step_seed(recipe.seed, run.step))  # dropout
-    data = run.corpus.train
-    tokens = sample_batch(data, recipe.batch, recipe.context, recipe.seed, run.step).to(device)
+    batch, context = recipe.at(run.step)
+    tokens = sample_batch(run.corpus.train, batch, context, recipe.seed, run.step).to(device)
     with autocast(device):
         loss = run.model.loss(tokens[:, :-1], tokens[:, 1:])
     loss.backward()  # type: ignore[no-untyped-call]

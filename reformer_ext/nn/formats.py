@@ -73,6 +73,7 @@ ABSENT: Mapping[str, Mapping[str, Any]] = {
         "weight_decay": 0.01,
         "seed": 0,
         "eval_every": 100,
+        "schedule": (),
     },
 }
 
