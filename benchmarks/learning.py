@@ -6,9 +6,10 @@ python -m benchmarks.learning CORPUS --out runs/long --arms lsh+next --seconds 4
     --contexts 8192,65536 --shares 0.8,0.2
 python -m benchmarks.learning --list
 
-An arm is a base and changes to it, joined by +. All arms see the same bytes at the same step, start
-from the same weights where they have them, and train for the same seconds of wall time; evaluation
-is not counted. The corpus is a file, or one packed by xz; its first bytes train, the next validate.
+An arm is a base and changes to it, joined by +; "ladder" and "controls" are lists of arms. All arms
+see the same bytes at the same step, start from the same weights where they have them, and train for
+the same seconds of wall time; evaluation is not counted. The corpus is a file, or one packed by xz;
+its first bytes train, the next validate.
 
 Of each arm: bits per byte of validation windows of the last context, with its standard error over
 windows; by position in the window; of the last 2,000 positions; of the windows of half a context
@@ -120,6 +121,29 @@ CHANGES = {
 }
 
 
+BOTH = "lsh+next+no-rotary"
+# Lists of arms, by a name of their own.
+LISTS = {
+    "ladder": (
+        "lsh",
+        "lsh+next",
+        "lsh+no-rotary",
+        BOTH,
+        "lsh+next+half-rotary",
+        *(
+            f"{BOTH}+{change}"
+            for change in (
+                "conv-hash", "conv-keys", "kv-local", "centred", "orthogonal", "gray",
+                "learnt-scale", "rounds-1", "rounds-2", "rounds-4", "chunk-32", "chunk-128",
+                "same-bucket", "duplicates", "every-3", "every-6", "upper", "local-128",
+                "local-256", "stored", "fixed-hash",
+            )
+        ),
+    ),
+    "controls": ("local", "exact", "exact+kv-far+kv-local", "shared+next+no-rotary", "moba"),
+}  # fmt: skip
+
+
 def build(arm: str, config: ReformerConfig) -> ReformerLM:
     """The model of an arm, ``config`` less what the arm says; its number of layers is the depth.
 
@@ -180,6 +204,10 @@ class Schedule:
             if done < end:
                 return context
         return self.contexts[-1]
+
+    def beginnings(self) -> list[float]:
+        """The share of the run that is done when each context begins."""
+        return [sum(self.shares[:i]) for i in range(len(self.shares))]
 
 
 def load(path: Path, train_bytes: int, validation_bytes: int, least: int) -> tuple[Tensor, Tensor]:
@@ -310,7 +338,7 @@ def run_arm(
         folder.save(name, {**row, "trained": trained}, finished=False)
         print(f"  {trained['seconds']:5.0f} s {trained['steps']:6,} steps {figure:.4f}", flush=True)
 
-    shapes = (batch(0, done) for done in dict.fromkeys(_beginnings(schedule)))
+    shapes = (batch(0, done) for done in schedule.beginnings())
     trained = clock.train(model, batch, recipe, shapes=shapes, at_mark=at_mark)
     row["trained"] = trained
     row |= evaluate(model, validation, longest, schedule.tokens, count(longest))
@@ -325,10 +353,6 @@ def run_arm(
     ]
     print(line(row), flush=True)
     return row
-
-
-def _beginnings(schedule: Schedule) -> list[float]:
-    return [sum(schedule.shares[:i]) for i in range(len(schedule.shares))]
 
 
 HEAD = (
@@ -361,8 +385,9 @@ def table(results: Mapping[str, Row]) -> str:
 
 
 def listing() -> str:
-    names = {**BASES, **CHANGES}
-    return "\n".join(f"{name:14} {each.about}" for name, each in names.items())
+    names = {name: each.about for name, each in {**BASES, **CHANGES}.items()}
+    names |= {name: ", ".join(arms) for name, arms in LISTS.items()}
+    return "\n".join(f"{name:14} {about}" for name, about in names.items())
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -409,6 +434,7 @@ def main() -> None:
         return
     if args.corpus is None:
         parser.error("expected a corpus")
+    args.arms = [arm for name in args.arms for arm in LISTS.get(name, (name,))]
     device = torch.device(args.device)
     try:
         schedule = Schedule(tuple(args.contexts), tuple(args.shares), args.tokens)

@@ -1,13 +1,14 @@
 """Recall: what a small model finds again, in what it has read, and from how far.
 
-python -m benchmarks.recall --out runs/recall --tasks mqar,needle --train-length 4096 \\
+python -m benchmarks.recall --out runs/recall --tasks mqar,needle --train-lengths 4096 \\
     --lengths 4096,16384,65536 --seconds 20
 python -m benchmarks.recall --out runs/recall --tasks mqar+needle+tracking+copying --seconds 60
 
 Tasks joined by + are trained together, one a step by turns. An arm is one of benchmarks.learning;
-of LSH arms there is one for each of --rounds. Every model is trained for so many seconds at one
-length and evaluated at each of --lengths, LSH and shared-QK arms with each of --eval-rounds and, by
-the same weights, with exact attention over shared queries and keys: what LSH approximates.
+of LSH arms there is one for each of --rounds. Every model is trained for so many seconds, at one
+length or at some one after the other, and evaluated at each of --lengths, LSH and shared-QK arms
+with each of --eval-rounds and, by the same weights, with exact attention over shared queries and
+keys: what LSH approximates.
 
 JSON, a model a file, and of each task and training length two grids: by length and rounds of the
 evaluation, and by depth, hops or distance at the rounds of training. A second call runs what is not
@@ -33,7 +34,7 @@ from reformer_ext.nn import ReformerConfig, ReformerLM
 
 from . import clock, pictures
 from .clock import Recipe, Row
-from .learning import build
+from .learning import Schedule, build
 from .ops import comma_separated
 from .plot import short
 
@@ -284,19 +285,19 @@ def run_cell(
     name: str,
     config: ReformerConfig,
     recipe: Recipe,
+    schedule: Schedule,
     folder: clock.Folder,
     args: argparse.Namespace,
 ) -> Row:
     """Trains one model on tasks by turns and evaluates it; its curve goes to the folder."""
     device = torch.device(args.device)
-    sizes = Sizes(args.train_length, max(1, args.tokens // args.train_length), args.alphabet)
     tasks = [TASKS[task] for task in names]
     torch.manual_seed(recipe.seed)
     model = build(arm, config).to(device)
     row: Row = {
         "tasks": names,
         "arm": arm,
-        "train_length": args.train_length,
+        "schedule": asdict(schedule),
         "alphabet": args.alphabet,
         "config": asdict(model.config),
         "recipe": asdict(recipe),
@@ -304,7 +305,8 @@ def run_cell(
     }
 
     def batch(step: int, done: float) -> clock.Batch:
-        task = tasks[step % len(tasks)]
+        task, length = tasks[step % len(tasks)], schedule.context(done)
+        sizes = Sizes(length, schedule.tokens // length, args.alphabet)
         sample = task.make(sizes, clock.generator(device, recipe.seed, step))
         return sample.tokens, sample.targets
 
@@ -312,7 +314,8 @@ def run_cell(
         folder.save(name, {**row, "trained": trained}, finished=False)
         print(f"  {trained['seconds']:5.0f} s {trained['steps']:6,} steps", flush=True)
 
-    row["trained"] = clock.train(model, batch, recipe, at_mark=at_mark)
+    shapes = (batch(0, done) for done in schedule.beginnings())
+    row["trained"] = clock.train(model, batch, recipe, shapes=shapes, at_mark=at_mark)
     weights = model.state_dict()
     row["accuracy"] = {task: {} for task in names}
     for way, (variant, n_hashes) in evaluated_as(arm, args.eval_rounds).items():
@@ -343,12 +346,14 @@ def figure(found: Row | None) -> str:
 
 def draw(results: Mapping[str, Row], out: Path) -> list[Path]:
     """Two grids of every task and training length; the files without suffix."""
-    cells: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    cells: dict[tuple[str, tuple[int, ...]], list[Row]] = defaultdict(list)
     for row in results.values():
         for task in row.get("accuracy", {}):
-            cells[task, row["train_length"]].append(row)
+            cells[task, tuple(row["schedule"]["contexts"])].append(row)
     made = []
-    for (task, length), rows in sorted(cells.items()):
+    for (task, trained), rows in sorted(cells.items()):
+        name = f"{task}_{'-'.join(map(str, trained))}"
+        trained_at = f"trained at {', '.join(f'{length:,}' for length in trained)} positions"
         rows.sort(key=lambda row: row["arm"])
         labels = [f"{row['arm']}, {row['trained']['seconds']:.0f} s" for row in rows]
         lengths = sorted({at for row in rows for at in row["accuracy"][task]}, key=int)
@@ -363,10 +368,10 @@ def draw(results: Mapping[str, Row], out: Path) -> list[Path]:
         def at(row: Row, length: str, way: str, task: str = task) -> Row:
             return row["accuracy"][task].get(length, {}).get(way, {})
 
-        path = out / f"{task}_{length}_rounds"
+        path = out / f"{name}_rounds"
         pictures.grid(
             path,
-            f"{about}, trained at {length:,} positions: % right",
+            f"{about}, {trained_at}: % right",
             labels,
             [f"{short(int(n))}\n{way}" for n in lengths for way in ways],
             [[at(row, n, way).get("all") for n in lengths for way in ways] for row in rows],
@@ -376,10 +381,10 @@ def draw(results: Mapping[str, Row], out: Path) -> list[Path]:
         made.append(path)
         groups = TASKS[task].groups
         if len(groups) > 1:
-            path = out / f"{task}_{length}_groups"
+            path = out / f"{name}_groups"
             pictures.grid(
                 path,
-                f"{about}, trained at {length:,} positions, as trained: % right",
+                f"{about}, {trained_at}, evaluated as trained: % right",
                 labels,
                 [f"{short(int(n))}\n{group}" for n in lengths for group in groups],
                 [
@@ -413,7 +418,12 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--arms", type=comma_separated(str), default=ARMS)
     parser.add_argument("--out", type=Path, default=Path("runs/recall"))
-    parser.add_argument("--train-length", type=int, default=4096)
+    parser.add_argument(
+        "--train-lengths", type=comma_separated(int), default="4096", help="one after the other"
+    )
+    parser.add_argument(
+        "--shares", type=comma_separated(float), default="1.0", help="of the run, a length each"
+    )
     parser.add_argument("--lengths", type=comma_separated(int), default="4096,16384,65536,262144")
     parser.add_argument("--rounds", type=comma_separated(int), default="8", help="to train with")
     parser.add_argument("--eval-rounds", type=comma_separated(int), default="8,4,2,1")
@@ -468,7 +478,8 @@ def main() -> None:
                 build(variant, replace(config, dim=2 * args.heads, ff_hidden=1))
             build(arm, replace(config, dim=2 * args.heads, ff_hidden=1))
         sample = torch.Generator(device)
-        for length in (args.train_length, *args.lengths):
+        schedule = Schedule(tuple(args.train_lengths), tuple(args.shares), args.tokens)
+        for length in (*args.train_lengths, *args.lengths):
             for task in {task for names in together for task in names}:
                 TASKS[task].make(Sizes(length, 1, args.alphabet), sample)
     except ValueError as error:
@@ -479,11 +490,12 @@ def main() -> None:
         )
         for names in together:
             for arm in arms:
-                name = (
-                    f"{'.'.join(names)}_{args.train_length}_{arm.replace('+', '.')}"
-                    f"_{args.seconds:g}s_seed{seed}"
+                lengths = "-".join(map(str, args.train_lengths))
+                name = f"{'.'.join(names)}_{lengths}_{arm.replace('+', '.')}"
+                name = f"{name}_{args.seconds:g}s_seed{seed}"
+                cells[name] = partial(
+                    run_cell, names, arm, name, config, recipe, schedule, folder, args
                 )
-                cells[name] = partial(run_cell, names, arm, name, config, recipe, folder, args)
     complete = clock.run_arms(folder, cells, args.seconds, budget)
     print(*draw(folder.results(), args.out), sep="\n")
     if not complete:

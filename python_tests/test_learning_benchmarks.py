@@ -231,7 +231,9 @@ def test_arms_are_built() -> None:
     ]
     changed = built.reformer.layers.blocks[2].f.attention
     assert changed.n_hashes == 4 and changed.changes == Changes(next_values=True, rotary="none")
-    # Every base, and every change to a base that has it.
+    # Every base, every change to a base that has it, and every list.
+    for arm in (arm for arms in learning.LISTS.values() for arm in arms):
+        learning.build(arm, deep)
     for base in learning.BASES:
         learning.build(base, deep)
     for name in learning.CHANGES:
@@ -265,6 +267,7 @@ def test_wrong_arms_are_named(arm: str, message: str) -> None:
 def test_the_schedule_of_contexts() -> None:
     schedule = learning.Schedule((64, 256), (0.75, 0.25), 512)
     assert [schedule.context(done) for done in (0.0, 0.7, 0.75, 0.99)] == [64, 64, 256, 256]
+    assert [schedule.context(done) for done in schedule.beginnings()] == [64, 256]
     with pytest.raises(ValueError, match="sum to 1"):
         learning.Schedule((64, 256), (0.75, 0.75), 512)
     with pytest.raises(ValueError, match="expected contexts that divide 512"):
@@ -584,7 +587,7 @@ def test_accuracy_is_of_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["answers"] == 6 * 4 * HOPS  # whole batches
 
 
-RECALL = ["--train-length=128", "--lengths=128,256", "--tokens=256", "--eval-tokens=512",
+RECALL = ["--train-lengths=128", "--lengths=128,256", "--tokens=256", "--eval-tokens=512",
           "--alphabet=16", "--dim=16", "--heads=2", "--depth=2", "--chunk-size=8", "--seconds=60",
           "--steps=2"]  # fmt: skip
 
@@ -606,6 +609,7 @@ def test_recall_grids(
         "exact+kv-far": {"as trained"},
         "local": {"as trained"},
     }
+    assert results["mqar.tracking_128_local_60s_seed0"]["schedule"]["contexts"] == [128]
     for task, kinds in {"mqar": ["rounds"], "tracking": ["rounds", "groups"]}.items():
         for kind in kinds:
             svg = (tmp_path / f"{task}_128_{kind}.svg").read_text()
@@ -619,7 +623,14 @@ def test_recall_grids(
         run(recall, monkeypatch, f"--out={tmp_path}", "--tasks=mqr", *RECALL)
     assert "expected tasks among mqar" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        run(recall, monkeypatch, f"--out={tmp_path}", "--tasks=needle", "--train-length=64")
+        run(
+            recall,
+            monkeypatch,
+            f"--out={tmp_path}",
+            "--tasks=needle",
+            "--train-lengths=64",
+            "--tokens=256",
+        )
     assert "expected a length of at least 96" in capsys.readouterr().err
 
 
@@ -744,3 +755,31 @@ def test_lengths_at_constant_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "<!-- LSH-2 -->" in (tmp_path / "lengths" / "lengths.svg").read_text()
     with pytest.raises(SystemExit):
         run(paper, monkeypatch, *flags, "--lengths=96")
+
+
+def test_models_are_trained_at_one_length_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    seen = []
+    train = clock.train
+
+    def spy(model: ReformerLM, batch: Callable, recipe: Recipe, **options: Any) -> clock.Row:
+        def counted(step: int, done: float) -> clock.Batch:
+            tokens, targets = batch(step, done)
+            seen.append(tuple(tokens.shape))
+            return tokens, targets
+
+        return train(model, counted, recipe, **options)
+
+    monkeypatch.setattr(clock, "train", spy)
+    flags = [
+        "--tasks=copying",
+        "--arms=local",
+        *RECALL,
+        "--train-lengths=64,256",
+        "--shares=0.5,0.5",
+    ]
+    run(recall, monkeypatch, f"--out={tmp_path}", *flags)
+    assert seen == [(4, 64), (1, 256)]
+    assert "trained at 64, 256 positions" in (tmp_path / "copying_64-256_rounds.svg").read_text()
