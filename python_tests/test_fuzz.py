@@ -14,7 +14,14 @@ import os
 import pytest
 import torch
 from conftest import device_dtypes
-from test_ops import assert_accurate, attend, attention_cotangents, differentiate, upcast
+from test_ops import (
+    assert_accurate,
+    attend,
+    attention_cotangents,
+    differentiate,
+    differentiate_twin,
+    upcast,
+)
 from torch import Tensor
 
 import reformer_ext
@@ -97,16 +104,12 @@ def agree(
 ) -> None:
     """``got`` is as near to float64 as the reference in its dtype, and rounding, allow.
 
-    Logits and weights are of float32 at least, whatever the dtype; weights know the logits to their
-    rounding, and gradients recompute them from the rounded lse. With large vectors, and under
-    dropout with equal ones or at most three keys a query, the gradients of queries and keys are
-    small differences of large terms (dP and delta, which knows the rounded output): those alone
-    may be off by the rounding of the terms.
+    Weights know the logits to their rounding, and gradients recompute them from the rounded lse.
+    With large vectors, and under dropout with equal ones or at most three keys a query, the
+    gradients of queries and keys are small differences of large terms (dP and delta, which knows
+    the rounded output): those alone may be off by the rounding of the terms.
     """
-    twin = differentiate(attend(reference, case, indices), inputs, cotangents)
-    if inputs["q"].dtype == torch.bfloat16:
-        wider = {name: x.detach().float() for name, x in inputs.items()}
-        twin["out"], twin["lse"] = attend(reference, case, indices)(**wider)
+    twin = differentiate_twin(case, inputs, indices, cotangents)
     oracle = differentiate(attend(reference, case, indices), upcast(inputs), cotangents)
     rounding = ROUNDING[inputs["q"].dtype]
     lse = oracle["lse"].masked_fill(oracle["lse"] <= reference.SELF_ONLY_LSE, 0.0)

@@ -105,6 +105,24 @@ def attend(
     return function
 
 
+def differentiate_twin(
+    case: AttentionCase,
+    inputs: dict[str, Tensor],
+    indices: dict[str, Tensor | None],
+    cotangents: tuple[Tensor, Tensor],
+) -> dict[str, Tensor]:
+    """The reference in the inputs' dtype; logits and weights, so ``out`` and ``lse``, in float32 at
+    least, as the operator has them."""
+    twin = differentiate(attend(reference, case, indices), inputs, cotangents)
+    if any(value.isnan().any() for value in twin.values()):  # float16 overflows there
+        wider = {name: x.detach().bfloat16().requires_grad_() for name, x in inputs.items()}
+        twin = differentiate(attend(reference, case, indices), wider, cotangents)
+    if inputs["q"].dtype in (torch.float16, torch.bfloat16):
+        wider = {name: x.detach().float() for name, x in inputs.items()}
+        twin["out"], twin["lse"] = attend(reference, case, indices)(**wider)
+    return twin
+
+
 # chunked_attention: values and gradients ----------------------------------------------------------
 
 
@@ -113,10 +131,7 @@ def test_chunked_attention(case: AttentionCase, device: str, dtype: torch.dtype)
     inputs, indices = case.vectors(device, dtype), case.indices(device)
     cotangents = attention_cotangents(case, device, dtype)
     got = differentiate(attend(reformer_ext, case, indices), inputs, cotangents)
-    twin = differentiate(attend(reference, case, indices), inputs, cotangents)
-    if not all(value.isnan().sum() == 0 for value in twin.values()):  # float16 overflows there
-        wider = {name: x.detach().bfloat16().requires_grad_() for name, x in inputs.items()}
-        twin = differentiate(attend(reference, case, indices), wider, cotangents)
+    twin = differentiate_twin(case, inputs, indices, cotangents)
     oracle = differentiate(attend(reference, case, indices), upcast(inputs), cotangents)
     assert got["out"].dtype == dtype
     assert got["lse"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -384,7 +399,9 @@ def test_lsh_hash(case: HashCase, device: str, dtype: torch.dtype) -> None:
         padding = mask[:, None, None, :].expand_as(got)
         assert torch.equal(got == case.total, padding)
     assert torch.equal(got[~near_tie], expected[~near_tie])
-    if case.values != "zeros":
+    if case.values == "zeros":  # a tie of opposite signs may go either way
+        assert ((got == 0) | (got == case.total // 2)).all() and len(factors) == 1
+    else:
         assert near_tie.sum() <= 0.01 * near_tie.numel() + case.length * (case.values == "equal")
 
 
