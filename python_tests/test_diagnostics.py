@@ -19,6 +19,7 @@ import reformer_ext
 from python_tests.cases import ATTENTION_CASES, AttentionCase, tiny_config
 from reformer_ext import bucket_sort, lsh_hash, reference, sample_rotations
 from reformer_ext import train as train_module
+from reformer_ext.ablation import ablated_losses
 from reformer_ext.checkpoint import load_checkpoint, save_checkpoint
 from reformer_ext.cli import main
 from reformer_ext.data import load_corpus
@@ -33,6 +34,7 @@ from reformer_ext.diagnostics import (
 )
 from reformer_ext.generate import load_model
 from reformer_ext.nn import Reformer, ReformerEncoderDecoder, ReformerLM
+from reformer_ext.report import distance_table, loss_table
 
 # Without head dimensions, layouts and dropout, of which the candidates know nothing.
 CASES = [
@@ -77,6 +79,9 @@ def brute_force_mass(
         name: torch.full(shape, math.nan, dtype=torch.float64)
         for name in ("mass", "best", "uniform", "recall")
     }
+    bins = (case.length - 1).bit_length() + 1
+    distances = torch.zeros(2, case.batch, case.heads, bins, dtype=torch.float64)
+    counted = torch.zeros(case.batch, case.heads, 1)
     for b in range(case.batch):
         for h in range(case.heads):
             for i in range(case.length):
@@ -91,6 +96,10 @@ def brute_force_mass(
                     continue
                 weights = logits[b, h, i, valid].softmax(dim=0)
                 likeliest = weights.sort(descending=True, stable=True)
+                counted[b, h] += 1
+                far = torch.tensor([abs(i - j).bit_length() for j in valid])
+                distances[0, b, h].index_add_(0, far, weights)
+                distances[1, b, h].index_add_(0, far, weights * met[b, h, -1, i, valid])
                 for r in range(shape[2]):
                     held = met[b, h, r, i, valid]
                     at = (b, h, r, i)
@@ -98,6 +107,7 @@ def brute_force_mass(
                     result["best"][at] = likeliest.values[: int(held.sum())].sum()
                     result["uniform"][at] = held.double().mean()
                     result["recall"][at] = held[likeliest.indices[:top_k]].double().mean()
+    result["at_distance"], result["met_at_distance"] = distances / counted
     return result
 
 
@@ -597,7 +607,7 @@ def test_inspect_writes_a_page(
     local, lsh = inspect_model(model, tokens, n_queries=20, top_k=4)
     assert isinstance(lsh, LSHLayerReport)
     assert local.mass is not None
-    layers, heads = page.tables
+    layers, losses, distances, heads = page.tables
     assert layers[0][:5] == ["layer", "kind", "mass", "best", "random"]
     assert layers[1][:3] == ["0", "local", f"{local.mass.mass.nanmean():.3f}"]
     assert layers[1][-1] == "-"
@@ -620,12 +630,48 @@ def test_inspect_writes_a_page(
             for h in range(2)
         ),
     ]
-    for row in layers:  # and in the terminal
-        assert any(row == line.split() for line in printed.splitlines()) or row is layers[0]
+    text = held_out[: len(held_out) // 64 * 64]
+    starts = [n * (len(held_out) - 65) // (len(text) // 64) for n in range(len(text) // 64)]
+    windows = torch.stack([held_out[start : start + 65] for start in starts]).long()
+    bits = ablated_losses(model, windows, batch=99)
+    assert losses[0] == ["bits per byte", "all", "1-64"]
+    assert [row[0] for row in losses[1:]] == ["as trained", "lsh as local", "lsh zeroed"]
+    assert [row[1:] for row in losses[1:]] == [[f"{x.mean():.3f}"] * 2 for x in bits.values()]
+    assert distances[0] == ["layer", "mass by distance", "0", "1-3", "4-15", "16-63"]
+    for row, name in zip(distances[1:], ("at_distance", "met_at_distance"), strict=True):
+        shares = getattr(lsh.mass, name).mean(dim=(0, 1))
+        pairs = [shares[0], *(shares[n : n + 2].sum() for n in (1, 3, 5))]
+        assert row[2:] == [f"{share:.3f}" for share in pairs]
+    for row in (*layers, *losses, *distances):  # and in the terminal
+        assert any(" ".join(row) == " ".join(line.split()) for line in printed.splitlines())
     (picture,) = page.pictures
     head, _, data = picture.partition("base64,")
     assert head == "data:image/png;"
     check_png(base64.b64decode(data, validate=True), 300)
+
+
+def test_tables_of_long_sequences() -> None:
+    bits = torch.arange(5000.0, dtype=torch.float64).expand(3, -1)
+    heading, row = loss_table({"zero": bits})
+    assert heading == [
+        *("bits per byte", "all", "1-64", "65-256", "257-1,024", "1,025-4,096", "4,097-5,000"),
+        "last 2,000",
+    ]
+    means = (2499.5, 31.5, 159.5, 639.5, 2559.5, 4547.5, 3999.5)
+    assert row == ["lsh zeroed", *(f"{mean:.3f}" for mean in means)]
+    assert len(loss_table({"zero": bits[:, :2000]})[0]) == 6
+    assert len(loss_table({"zero": bits[:, :1]})[0]) == 3
+    assert distance_table([]) == []
+
+
+@pytest.mark.parametrize("options", [["--length=1"], ["--loss-bytes=0"], ["--loss-bytes=1"]])
+def test_inspect_at_its_smallest(
+    options: list[str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report.html"
+    options = ["--device=cpu", "--sequences=1", "--queries=3", "--out", str(out), *options]
+    assert run("inspect", "--checkpoint", trained, *options) == 0
+    assert ("lsh zeroed" in capsys.readouterr().out) is ("--loss-bytes=0" not in options)
 
 
 def test_inspect_draws_other_data(
@@ -656,7 +702,7 @@ def test_inspect_without_matplotlib(
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.pictures == []
     assert "Without pictures: matplotlib is absent" in page.text
-    assert len(page.tables) == 2
+    assert len(page.tables) == 4
     assert run(*command, tmp_path / "report.png") == 1
     assert "needs matplotlib, which is absent" in capsys.readouterr().err
     assert not (tmp_path / "report.png").exists()
@@ -667,6 +713,7 @@ def test_inspect_without_matplotlib(
     [
         (["--out=report.pdf"], "expected --out to end in .html or .png, got report.pdf"),
         (["--length=0"], "expected --length to be at least 1, got 0"),
+        (["--loss-bytes=-1"], "expected --loss-bytes to be at least 0, got -1"),
         (["--top-k=0"], "expected --top-k to be at least 1, got 0"),
         (["--length=5000"], "expected at least --length = 5,000 bytes, got "),
         (["--data", "none"], "corpus: none is neither a file nor a folder"),

@@ -226,8 +226,9 @@ def _parser() -> argparse.ArgumentParser:
         help="show what the LSH attention of a trained model sees and misses",
         description="Compares LSH attention with exact attention on a few sequences: the share of "
         "the softmax that each layer and head captures by the number of hash rounds, how full the "
-        "buckets are, how many keys come again in other rounds. Prints a table and writes a "
-        "report.",
+        "buckets are, how many keys come again in other rounds, how far away the keys are, and "
+        "what the loss is with the LSH layers replaced by local attention or zeroed. Prints "
+        "tables and writes a report.",
     )
     look.add_argument(
         "--checkpoint",
@@ -264,6 +265,13 @@ def _parser() -> argparse.ArgumentParser:
         default=16,
         metavar="N",
         help="likeliest keys of a query to look for (default: %(default)s)",
+    )
+    look.add_argument(
+        "--loss-bytes",
+        type=int,
+        default=1 << 16,
+        metavar="N",
+        help="to take losses of, with and without LSH layers (default: %(default)s; 0: none)",
     )
     _add_device(look)
     look.set_defaults(run=_inspect)
@@ -361,6 +369,7 @@ def _inspect(args: argparse.Namespace) -> int:
         n_hashes=args.n_hashes,
         n_queries=args.queries,
         top_k=args.top_k,
+        loss_bytes=args.loss_bytes,
         device=_device(args.device),
     )
     return 0

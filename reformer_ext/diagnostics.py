@@ -107,8 +107,8 @@ class BucketOccupancy:
 class CapturedMass:
     """How much of exact attention falls on the candidates of rounds 1 ... r, for each r.
 
-    All but ``queries`` are float64 ``(B, H, R, S)``, shares in [0, 1]; NaN for a query with nothing
-    to capture: padding, or one without any valid key but itself.
+    All but ``queries`` and those by distance are float64 ``(B, H, R, S)``, shares in [0, 1]; NaN
+    for a query with nothing to capture: padding, or one without any valid key but itself.
 
     Attributes:
         queries: their positions, int64 ``(S,)``.
@@ -120,6 +120,10 @@ class CapturedMass:
         recall: the share of the ``top_k`` likeliest keys (of all, if fewer are valid) that are
             candidates.
         top_k: how many keys ``recall`` looks at.
+        at_distance: how far from its query the mass of exact attention is, float64
+            ``(B, H, n)``: the share at distance 0, 1, 2 and 3, 4 to 7, 8 to 15 ..., a mean over the
+            queries with anything to capture; sums to 1, NaN without such a query.
+        met_at_distance: the part of it on candidates of any round: at most as much.
     """
 
     queries: Tensor
@@ -128,6 +132,8 @@ class CapturedMass:
     uniform: Tensor
     recall: Tensor
     top_k: int
+    at_distance: Tensor
+    met_at_distance: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,6 +307,9 @@ def captured_mass(
     keys = F.normalize(q, dim=-1, eps=NORM_EPS) if k is None else k.double()
 
     parts = []
+    positions = torch.arange(length, device=qk.device)
+    by_distance = q.new_zeros(2, batch, heads, (length - 1).bit_length() + 1)
+    counted = q.new_zeros(batch, heads)
     for block in windows.blocks(queries, length):
         allowed = windows.allowed(block).expand(batch, heads, -1, -1)
         n_valid = allowed.sum(dim=-1, dtype=torch.float64)
@@ -325,8 +334,22 @@ def captured_mass(
         if key_padding_mask is not None:
             nothing = nothing | key_padding_mask[:, None, block]
         parts.append(part.masked_fill(nothing[:, :, None], math.nan))
+
+        # The exponent of 2 ** n ... 2 ** (n + 1) - 1 is n + 1, of 0 it is 0.
+        far = (block[:, None] - positions).abs().double().frexp().exponent.long()
+        far = far.flatten().expand(batch, heads, -1)
+        weights = weights.masked_fill(nothing[..., None], 0.0)
+        met = torch.zeros_like(weights).scatter_add_(
+            -1,
+            slot_keys.transpose(2, 3).flatten(3),
+            new.transpose(2, 3).flatten(3).to(weights.dtype),
+        )
+        by_distance[0].scatter_add_(-1, far, weights.flatten(2))
+        by_distance[1].scatter_add_(-1, far, (weights * met).flatten(2))
+        counted += (~nothing).sum(dim=-1)
     mass, best, uniform, recall = torch.cat(parts, dim=-1).unbind(0)
-    return CapturedMass(queries, mass, best, uniform, recall, asked)
+    at_distance, met_at_distance = by_distance / counted[..., None]
+    return CapturedMass(queries, mass, best, uniform, recall, asked, at_distance, met_at_distance)
 
 
 @torch.no_grad()

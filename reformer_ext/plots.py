@@ -69,22 +69,24 @@ def draw_losses(
 
 
 def draw(layers: Sequence[LSHLayerReport], title: str | None = None) -> bytes:
-    """A PNG with a row for each layer: captured mass, bucket sizes, new keys by round.
+    """A PNG with a row for each layer: captured mass, mass by distance, bucket sizes, new keys by
+    round.
 
     With a title, the rows have theirs, too.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.4 * len(layers)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(16, 3.4 * len(layers)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title or "", parse_math=False)
     rows = figure.subfigures(len(layers), 1, squeeze=False)[:, 0]
     for row, layer in zip(rows, layers, strict=True):
         if title is not None:
             row.suptitle(f"layer {layer.index}", fontweight="bold")
-        mass, sizes, new = row.subplots(1, 3)
+        mass, distances, sizes, new = row.subplots(1, 4)
         _draw_mass(mass, layer.mass)
+        _draw_distances(distances, layer.mass)
         _draw_sizes(sizes, layer.occupancy)
         _draw_new(new, layer.collisions)
     picture = io.BytesIO()
@@ -106,6 +108,19 @@ def _draw_mass(axes: Any, mass: CapturedMass) -> None:
     axes.set(title="attention captured by the keys", xlabel="hash rounds", ylim=(0, 1.02))
     axes.set_xlim(0.5, len(rounds) + 0.5)
     _finish(axes)
+
+
+def _draw_distances(axes: Any, mass: CapturedMass) -> None:
+    exact, met = (
+        values.nanmean(dim=(0, 1)).tolist()[1:]  # without the query itself
+        for values in (mass.at_distance, mass.met_at_distance)
+    )
+    bins = range(len(exact))
+    axes.bar(bins, exact, color="0.85", label="all")
+    axes.bar(bins, met, color="C0", label="met")
+    axes.set(title="mass of attention by distance", xlabel="distance of the key")
+    axes.set_xticks(bins[::2], [f"{1 << n:,}" for n in bins[::2]])
+    _finish(axes, ticks=False)
 
 
 def _draw_sizes(axes: Any, occupancy: BucketOccupancy) -> None:
@@ -133,8 +148,9 @@ def _draw_new(axes: Any, collisions: RoundCollisions) -> None:
     _finish(axes)
 
 
-def _finish(axes: Any) -> None:
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+def _finish(axes: Any, *, ticks: bool = True) -> None:
+    if ticks:
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(

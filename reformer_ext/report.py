@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .ablation import ablated_losses
 from .checkpoint import load_checkpoint, load_model, naming
 from .data import SEPARATOR, CorpusError, find_files, load_corpus
 from .diagnostics import (
@@ -23,9 +24,19 @@ from .generate import autocast
 from .plots import by_round, draw, why_no_drawing
 from .terminal import shown
 
-__all__ = ["draw", "html_page", "inspect_checkpoint", "layer_numbers", "text_table"]
+__all__ = [
+    "distance_table",
+    "draw",
+    "html_page",
+    "inspect_checkpoint",
+    "layer_numbers",
+    "loss_table",
+    "text_table",
+]
 
 _DEFAULT_BYTES = 8192  # looked at, in as many sequences as that takes
+_LAST = 2000  # tokens at the end of a sequence, whose loss says what a long context is worth
+_LOSS_NAMES = {"trained": "as trained", "local": "lsh as local", "zero": "lsh zeroed"}
 
 
 class _Column(NamedTuple):
@@ -72,6 +83,16 @@ Where best is low too, attention is spread over more keys than a query meets, an
 size can hold it. Rounds whose keys are mostly known cost time and bring little. Positions of a
 bucket much fuller than a chunk do not all meet."""
 
+_LOSS_READING = """\
+Bits per byte by the number of the byte in its sequence, of the model as it was trained, with its
+LSH layers attending to their chunks in natural order, and with LSH layers that add nothing. Where
+all three agree, the model does not use its LSH layers; where only the last is worse, local
+attention would do. Long contexts pay where later bytes cost less than earlier ones."""
+
+_DISTANCE_READING = """\
+Where the mass of exact attention is, by the distance of key and query in positions, and how much of
+that the keys have that queries meet: means over sequences, heads and queries."""
+
 _STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 2em auto;
   max-width: 75em; padding: 0 1em; }
@@ -93,6 +114,7 @@ def inspect_checkpoint(
     n_hashes: int | None = None,
     n_queries: int = 256,
     top_k: int = 16,
+    loss_bytes: int = 1 << 16,
     device: torch.device,
 ) -> None:
     """Inspects the model of a checkpoint of ``reformer train``: prints a table, writes a report.
@@ -107,6 +129,8 @@ def inspect_checkpoint(
         n_hashes: hash rounds; default: the model's.
         n_queries: at most how many queries of each sequence to look at.
         top_k: how many of a query's likeliest keys to look for.
+        loss_bytes: about how many bytes to take the losses of, with and without LSH layers, in
+            sequences evenly spaced in the data, at least one; 0: none.
         device: where to run.
 
     Raises:
@@ -129,6 +153,8 @@ def inspect_checkpoint(
     ):
         if number is not None and number < 1:
             raise ValueError(f"inspect: expected {option} to be at least 1, got {number}")
+    if loss_bytes < 0:
+        raise ValueError(f"inspect: expected --loss-bytes to be at least 0, got {loss_bytes}")
     model = load_model(checkpoint, device)
     config = model.config
     if "lsh" not in config.layers:
@@ -144,6 +170,16 @@ def inspect_checkpoint(
         layers = inspect_model(
             model, tokens.to(device), n_hashes=n_hashes, n_queries=n_queries, top_k=top_k
         )
+        losses = {}
+        if loss_bytes and len(text) > 1:
+            window = min(length + 1, len(text))
+            count = max(1, min(loss_bytes, len(text)) // length)
+            losses = ablated_losses(
+                model,
+                _windows(text, window, count, name).to(device),
+                n_hashes=n_hashes,
+                batch=max(1, _DEFAULT_BYTES // length),
+            )
     rounds = config.n_hashes if n_hashes is None else n_hashes
     facts = {
         "checkpoint": shown(checkpoint),
@@ -156,11 +192,14 @@ def inspect_checkpoint(
         title = f"{shown(checkpoint)}: {facts['lsh layers']}, {sequences:,} x {length:,} bytes"
         content = draw(_lsh_layers(layers), title)
     else:
-        content = html_page(layers, facts, no_drawing=no_drawing).encode()
+        content = html_page(layers, facts, losses, no_drawing=no_drawing).encode()
     _write(out, content)  # before all that is printed: the reader may be gone
     for key, value in facts.items():
         print(f"{key + ':':<12}{value}")
     print(f"\n{text_table(layers)}\n{_NOTE}\n")
+    for table in (distance_table(layers), loss_table(losses) if losses else []):
+        if table:
+            print("\n".join(_align(table)) + "\n")
     absent = f" without pictures: matplotlib {no_drawing}" if no_drawing else ""
     print(f"report: {shown(out)}{absent}")
 
@@ -192,12 +231,56 @@ def text_table(layers: Sequence[LayerReport]) -> str:
     return "\n".join(text)
 
 
-def html_page(layers: Sequence[LayerReport], facts: dict[str, str], *, no_drawing: str = "") -> str:
+def distance_table(layers: Sequence[LayerReport]) -> list[list[str]]:
+    """Rows for the LSH layers, the headings first: how far from the query the mass of exact
+    attention is, and how much of it is met."""
+    rows: list[list[str]] = []
+    for layer in _lsh_layers(layers):
+        mass = layer.mass
+        bins = mass.at_distance.shape[-1]
+        # The first is of the query itself, which shared queries and keys never attend to.
+        parts = [range(1), *(range(n, min(n + 2, bins)) for n in range(1, bins, 2))]
+        if not rows:
+            headings = [f"{1 << part[0] >> 1:,}-{(1 << part[-1]) - 1:,}" for part in parts]
+            rows.append(["layer", "mass by distance", "0", *headings[1:]])
+        for name, values in (("all", mass.at_distance), ("met", mass.met_at_distance)):
+            mean = values.nanmean(dim=(0, 1))
+            cells = [f"{float(mean[part.start : part.stop].sum()):.3f}" for part in parts]
+            rows.append([str(layer.index), name, *cells])
+    return rows
+
+
+def loss_table(losses: Mapping[str, Tensor]) -> list[list[str]]:
+    """Rows for the models of :func:`reformer_ext.ablation.ablated_losses`, the headings first:
+    bits per byte of all positions, of ranges of them, and of the last 2,000."""
+    length = next(iter(losses.values())).shape[1]
+    edges = [0, *(4**n for n in range(3, length.bit_length()) if 4**n < length), length]
+    ranges = [range(length), *map(range, edges[:-1], edges[1:])]
+    headings = ["all", *(f"{part.start + 1:,}-{part.stop:,}" for part in ranges[1:])]
+    if length > _LAST:
+        ranges.append(range(length - _LAST, length))
+        headings.append(f"last {_LAST:,}")
+    rows = [["bits per byte", *headings]]
+    for name, bits in losses.items():
+        mean = bits.mean(dim=0)
+        cells = [f"{float(mean[part.start : part.stop].mean()):.3f}" for part in ranges]
+        rows.append([_LOSS_NAMES[name], *cells])
+    return rows
+
+
+def html_page(
+    layers: Sequence[LayerReport],
+    facts: dict[str, str],
+    losses: Mapping[str, Tensor] | None = None,
+    *,
+    no_drawing: str = "",
+) -> str:
     """The report as a page that refers to nothing outside itself.
 
     Args:
         layers: of :func:`reformer_ext.diagnostics.inspect_model`.
         facts: names and values to show at the top.
+        losses: of :func:`reformer_ext.ablation.ablated_losses`; none: without their table.
         no_drawing: why there are no pictures, which take matplotlib.
     """
     parts = [
@@ -210,6 +293,12 @@ def html_page(layers: Sequence[LayerReport], facts: dict[str, str], *, no_drawin
         _html_table(_summary(layers)),
         _definitions({column.heading: column.meaning for column in _COLUMNS}),
     ]
+    if losses:
+        parts += ["<h2>What LSH attention is worth</h2>", f"<p>{escape(_LOSS_READING)}</p>"]
+        parts.append(_html_table(loss_table(losses)))
+    if _lsh_layers(layers):
+        parts += ["<h2>How far it looks</h2>", f"<p>{escape(_DISTANCE_READING)}</p>"]
+        parts.append(_html_table(distance_table(layers)))
     if no_drawing:
         parts.append(f"<p>Without pictures: matplotlib {escape(no_drawing)}.</p>")
     for layer in _lsh_layers(layers):
@@ -218,7 +307,7 @@ def html_page(layers: Sequence[LayerReport], facts: dict[str, str], *, no_drawin
             encoded = base64.b64encode(draw([layer])).decode()
             parts.append(
                 f'<img src="data:image/png;base64,{encoded}" alt="Captured mass by hash rounds, '
-                f'bucket sizes, and new keys by round, of layer {layer.index}">'
+                f'mass by distance, bucket sizes, and new keys by round, of layer {layer.index}">'
             )
         parts.append(_html_table(_heads(layer)))
         parts += [f"<p>{escape(sentence)}</p>" for sentence in _sentences(layer)]
