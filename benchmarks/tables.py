@@ -18,7 +18,7 @@ from .report import Report, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/performance.md", "docs/learning.md"))
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TOGETHER = "\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}"
 FORWARD, BOTH = "forward", "forward+backward"
@@ -324,6 +324,58 @@ def cpu_decoding() -> Iterator[str]:
     )
 
 
+# What was changed in the arms of the ladder.
+ARMS = {
+    "lsh": "local and LSH attention by turns, as published",
+    "lsh+next": "the same with **next values**",
+    "lsh+next+partial": "next values, rotary positions of the fast half of frequencies alone",
+    "lsh+next+nope": "**next values, no rotary positions in LSH layers** (below: both)",
+    "lsh+next+nope+plain": "both, activations stored: not reversible",
+    "lsh+next+nope+every3": "both, LSH in every third layer",
+    "lsh+next+nope+r4": "both, 4 rounds for 8",
+    "lsh+next+nope+scale": "both, logit scale learnt, from 3",
+    "lsh+next+nope+same": "both, same bucket only",
+    "lsh+next+nope+convqk": "both, causal convolution of width 3 over queries (plain torch: slow)",
+    "lsh+next+nope+kvlocal": "both, KV shifting in local layers (plain torch: slow)",
+    "fullqk+nope": "both, exact attention with shared QK for LSH: its limit",
+    "mix+kvlocal+kvfull": "local and exact attention by turns, KV shifting in all layers",
+}
+
+
+def ladder() -> Iterator[str]:
+    """Arms by the clock: what helps a model learn."""
+    lines = (RESULTS / "learning" / "h200_ladder_60s.jsonl").read_text().splitlines()
+    rows = sorted(map(json.loads, lines), key=lambda row: list(ARMS).index(row["arm"]))
+
+    def row(found: Row) -> list[str]:
+        rate = "" if found["lr"] == 5e-3 else f", Muon at {found['lr']:g}"
+        figures = (
+            found["val"],
+            found["by_position"]["4096-8192"],
+            found["repeat_first"],
+            found["repeat_second"],
+        )
+        return [
+            ARMS[found["arm"]] + rate,
+            str(found["steps"]),
+            *(f"{figure:.3f}" for figure in figures),
+            f"{found['peak_GiB']:.1f}",
+        ]
+
+    head = (
+        "arm",
+        "steps",
+        "bits a byte",
+        "of these from 4,096 on",
+        "first copy",
+        "second copy",
+        "GiB",
+    )
+    yield from table(head, map(row, rows))
+    yield ""
+    yield "- `benchmarks/results/learning/h200_ladder_60s.jsonl`"
+
+
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     function.__name__: function
     for function in (
@@ -341,6 +393,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
         cpu_reversible,
         cpu_prefill,
         cpu_decoding,
+        ladder,
     )
 }
 
