@@ -44,7 +44,8 @@ NVCC ?= nvcc
 CUDA_ARCH ?= 90a
 .SECONDARY: # keep the object files
 KERNEL_TESTS := test_hash_sort_kernels test_chunked_attention_kernels bench_tiled_attention
-KERNEL_OBJECTS := $(patsubst csrc/kernels/%.cu,build/kernels/%.o,$(wildcard csrc/kernels/*.cu))
+KERNEL_FILES := $(shell find csrc/kernels -type f)
+KERNEL_OBJECTS := $(patsubst csrc/kernels/%.cu,build/kernels/%.o,$(filter %.cu,$(KERNEL_FILES)))
 NVCCFLAGS := -O3 -std=c++17 -lineinfo --expt-relaxed-constexpr -Xcompiler -fopenmp -I csrc/kernels \
   -gencode=arch=compute_$(CUDA_ARCH),code=sm_$(CUDA_ARCH)
 SANITIZER := compute-sanitizer --error-exitcode 1
@@ -63,13 +64,14 @@ sanitize: $(KERNEL_TESTS:%=build/kernels/%)
 
 # The instances of attention, and the hash by wgmma, fill the registers; a spill costs them a tenth.
 # Needs nvcc, but no GPU.
-spills: $(wildcard csrc/kernels/*_sm90*.cu csrc/kernels/chunked_attention_sm80*.cu)
+spills: $(wildcard csrc/kernels/chunked_attention/tiled/*.cu csrc/kernels/chunked_attention/local/*.cu) \
+  csrc/kernels/lsh_hash/wgmma.cu
 	@mkdir -p build/kernels
 	set -e; for kernel in $^; do \
 	  $(NVCC) $(NVCCFLAGS) -Xptxas --warn-on-spills,--warning-as-error -c $$kernel -o build/kernels/spills.o; \
 	done
 
-build/kernels/%.o: csrc/kernels/%.cu $(wildcard csrc/kernels/*.h csrc/kernels/*.cuh)
+build/kernels/%.o: csrc/kernels/%.cu $(filter %.h %.cuh,$(KERNEL_FILES))
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCCFLAGS) -c $< -o $@
 
@@ -88,7 +90,7 @@ $(VENV)/torch: FORCE
 	  $(INSTALL_TORCH); \
 	  echo "$(TORCH)" > $@; }
 
-$(VENV)/built: $(VENV)/torch setup.py pyproject.toml $(wildcard csrc/*.* csrc/kernels/*)
+$(VENV)/built: $(VENV)/torch setup.py pyproject.toml $(shell find csrc -type f)
 	@echo "Building the extension (some minutes the first time)"
 	$(PIP) --no-build-isolation -e '.[demo,test]'
 	@touch $@

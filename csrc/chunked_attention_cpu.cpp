@@ -19,7 +19,7 @@
 
 #include "checks.h"
 #include "chunked_attention_common.h"
-#include "kernels/dropout.h"
+#include "kernels/common/dropout.h"
 #include "lanes.h"
 
 namespace reformer {
@@ -260,7 +260,7 @@ REFORMER_INLINE Vector<T> multiplicity(const Keys<T>& keys, const Query<T>& quer
   return __builtin_convertvector(count, Vector<T>);
 }
 
-// csrc/kernels/dropout.h on lanes of 32 or 64 bits that hold 32-bit words.
+// csrc/kernels/common/dropout.h on lanes of 32 or 64 bits that hold 32-bit words.
 template <typename T>
 REFORMER_INLINE WordVector<T> mix32_lanes(WordVector<T> x) {
   constexpr typename Lanes<T>::Word low = 0xffffffffU;

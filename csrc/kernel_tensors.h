@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "kernels/dtype.h"
+#include "kernels/common/dtype.h"
 
 namespace reformer {
 

@@ -111,7 +111,7 @@ def slot_counts(
 
 
 def _mix32(x: Tensor) -> Tensor:
-    """csrc/kernels/dropout.h: mix32 on int64 tensors holding 32-bit words."""
+    """csrc/kernels/common/dropout.h: mix32 on int64 tensors holding 32-bit words."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x ^ (x >> 16)

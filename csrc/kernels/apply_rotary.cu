@@ -1,9 +1,9 @@
 #include <algorithm>
 
 #include "apply_rotary.h"
-#include "dtype.cuh"
-#include "launch.cuh"
-#include "mma.cuh"
+#include "common/dtype.cuh"
+#include "common/launch.cuh"
+#include "tensor_core/mma.cuh"
 
 namespace reformer::kernels {
 namespace {

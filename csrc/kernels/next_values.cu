@@ -1,10 +1,10 @@
 // Bound by memory: every row is read once and every result written once. A thread takes 16 bytes of
 // kRun consecutive rows of a head, all loaded before any is used; of the rows at the ends of a run,
 // which two threads need, one finds them in the cache.
-#include "dtype.cuh"
-#include "launch.cuh"
-#include "mma.cuh"
+#include "common/dtype.cuh"
+#include "common/launch.cuh"
 #include "next_values.h"
+#include "tensor_core/mma.cuh"
 
 namespace reformer::kernels {
 namespace {

@@ -2,7 +2,7 @@
 // against a double-precision host loop over the inputs as rounded, then times them. No torch.
 //
 //   nvcc -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -fopenmp -I csrc/kernels
-//        csrc/tests/bench_tiled_attention.cu csrc/kernels/chunked_attention_*.cu
+//        csrc/tests/bench_tiled_attention.cu $(find csrc/kernels/chunked_attention -name "*.cu")
 //   a.out check | small | time | masks | main | one HEADS LENGTH ROUNDS HEAD_DIM
 //   main: the largest target by head dim; small: a few chunks, for compute-sanitizer
 #include <algorithm>
@@ -16,10 +16,10 @@
 #include <string>
 #include <vector>
 
-#include "chunked_attention_stages.h"
+#include "chunked_attention/stages.h"
+#include "common/dropout.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
-#include "dropout.h"
 
 using namespace reformer::kernels;
 

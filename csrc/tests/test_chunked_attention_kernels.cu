@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "../kernels/chunked_attention.h"
-#include "../kernels/dropout.h"
+#include "../kernels/common/dropout.h"
 
 namespace {
 
