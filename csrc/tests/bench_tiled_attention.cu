@@ -39,12 +39,12 @@ constexpr int kChunk = 64;
 // The main kernels by one unit of tensor cores.
 struct Unit {
   const char* name;
-  decltype(&sm90_supports) supports;
-  decltype(&sm90_forward) forward;
-  decltype(&sm90_backward) backward;
+  decltype(&wgmma_supports) supports;
+  decltype(&wgmma_forward) forward;
+  decltype(&wgmma_backward) backward;
 };
-constexpr Unit kWgmma{"wgmma", sm90_supports, sm90_forward, sm90_backward};
-constexpr Unit kMmaSync{"mma.sync", sm80_supports, sm80_forward, sm80_backward};
+constexpr Unit kWgmma{"wgmma", wgmma_supports, wgmma_forward, wgmma_backward};
+constexpr Unit kMmaSync{"mma.sync", mma_sync_supports, mma_sync_forward, mma_sync_backward};
 
 struct Case {
   int batch, heads, length, rounds, head_dim;

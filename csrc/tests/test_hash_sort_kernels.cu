@@ -257,8 +257,8 @@ struct HashInstance {
 constexpr HashInstance kHashInstances[] = {
     {"chosen", [](const LshHashParams&) { return true; }, reformer::kernels::lsh_hash_workspace,
      reformer::kernels::lsh_hash},
-    {"mma.sync", reformer::kernels::lsh_hash_sm80_supports,
-     reformer::kernels::lsh_hash_sm80_workspace, reformer::kernels::lsh_hash_sm80},
+    {"mma.sync", reformer::kernels::lsh_hash_mma_sync_supports,
+     reformer::kernels::lsh_hash_mma_sync_workspace, reformer::kernels::lsh_hash_mma_sync},
     {"direct", reformer::kernels::lsh_hash_direct_supports,
      [](const LshHashParams&) { return int64_t{0}; }, reformer::kernels::lsh_hash_direct},
     {"SIMT", [](const LshHashParams&) { return true; },

@@ -5,7 +5,7 @@
 //     about 3000 buckets).
 //   - tiles: histograms of tiles, a scan over each segment's tiles, a stable scatter of every tile.
 //   - packed: two or three least-significant-digit passes of that kind, whose scatter is
-//     bucket_sort_digit.cuh's, over 32-bit records: where the position and what the first digit
+//     digit.cuh's, over 32-bit records: where the position and what the first digit
 //     leaves of the bucket fit them.
 //   - wide: as many passes as the buckets have bytes, over 64-bit records. Any size.
 #include <cooperative_groups.h>

@@ -385,8 +385,8 @@ struct MainKernels {
 };
 
 MainKernels main_kernels(const ChunkedAttentionParams& params) {
-  if (sm90_supports(params)) return {sm90_forward, sm90_backward, false};
-  if (sm80_supports(params)) return {sm80_forward, sm80_backward, false};
+  if (wgmma_supports(params)) return {wgmma_forward, wgmma_backward, false};
+  if (mma_sync_supports(params)) return {mma_sync_forward, mma_sync_backward, false};
   return {generic_forward, generic_backward, true};
 }
 
@@ -557,21 +557,21 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, const M
 }  // namespace
 
 int64_t chunked_attention_forward_workspace(const ChunkedAttentionParams& params) {
-  if (!is_valid(params) || local_sm90_supports(params)) return 0;
+  if (!is_valid(params) || local_supports(params)) return 0;
   const bool generic = main_kernels(params).generic;
   return ForwardWorkspace(params, forward_group(params, generic), generic, nullptr).bytes;
 }
 
 int64_t chunked_attention_backward_workspace(const ChunkedAttentionBackwardParams& params) {
   if (!is_valid(params)) return 0;
-  if (local_sm90_supports(params)) return local_sm90_backward_workspace(params);
+  if (local_supports(params)) return local_backward_workspace(params);
   const bool generic = main_kernels(params).generic;
   return BackwardWorkspace(params, backward_group(params, generic), generic, nullptr).bytes;
 }
 
 cudaError_t chunked_attention_forward(const ChunkedAttentionParams& params, cudaStream_t stream) {
   if (!is_valid(params)) return cudaErrorInvalidValue;
-  if (local_sm90_supports(params)) return local_sm90_forward(params, stream);
+  if (local_supports(params)) return local_forward(params, stream);
   const MainKernels kernels = main_kernels(params);
   const int64_t heads = params.batch * params.heads, group = forward_group(params, kernels.generic);
   for (int64_t head = 0; head < heads; head += group) {
@@ -585,7 +585,7 @@ cudaError_t chunked_attention_forward(const ChunkedAttentionParams& params, cuda
 cudaError_t chunked_attention_backward(const ChunkedAttentionBackwardParams& params,
                                        cudaStream_t stream) {
   if (!is_valid(params)) return cudaErrorInvalidValue;
-  if (local_sm90_supports(params)) return local_sm90_backward(params, stream);
+  if (local_supports(params)) return local_backward(params, stream);
   const MainKernels kernels = main_kernels(params);
   const int64_t heads = params.batch * params.heads,
                 group = backward_group(params, kernels.generic);

@@ -1,7 +1,7 @@
-// The stages chunked attention is made of, shared by its entry point (chunked_attention.cu) and by
-// the main kernels: _generic (any shape and flag, sm_80 up) and _tiled (shared QK, chunks of 64
-// with one before them, half precision), which has instances by wgmma (_sm90) and by mma.sync
-// (_sm80).
+// The stages chunked attention is made of, shared by its entry point (entry.cu) and by the main
+// kernels: generic/ (any shape and flag, sm_80 up) and tiled/ (shared QK, chunks of 64 with one
+// before them, half precision), which has instances by wgmma (sm_90a) and by mma.sync (sm_80 up).
+// local/ has kernels of its own, without stages.
 //
 //   forward:   key_scale (generic), pair_bits (tiled, masked) -> main (one partial per round)
 //              -> combine
@@ -48,7 +48,7 @@ struct ForwardStage {
   float* partial_lse;  // [head_count, R, L]: log2 of the round's sum of exp; -inf without valid key
   const int32_t* chunk_numbers;  // [head_count, L, R]: a position's chunk within each round; null
                                  // unless duplicates are corrected
-  const void* pair_bits;  // [head_count, R, chunks, PairTile, kPairThreads], for sm90_forward:
+  const void* pair_bits;  // [head_count, R, chunks, PairTile, kPairThreads], for wgmma_forward:
                           // PairBits under dropout, else the blocked ones; null unless needed
 };
 
@@ -96,24 +96,24 @@ cudaError_t make_pair_bits(const ChunkedAttentionParams& params, int64_t head_be
                            void* pair_bits, cudaStream_t stream);
 
 // True where the wgmma instance covers these sizes and flags on the current device.
-bool sm90_supports(const ChunkedAttentionParams& params);
-cudaError_t sm90_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
-                         cudaStream_t stream);
-cudaError_t sm90_backward(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
+bool wgmma_supports(const ChunkedAttentionParams& params);
+cudaError_t wgmma_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
                           cudaStream_t stream);
+cudaError_t wgmma_backward(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
+                           cudaStream_t stream);
 
 // The same by mma.sync.
-bool sm80_supports(const ChunkedAttentionParams& params);
-cudaError_t sm80_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
-                         cudaStream_t stream);
-cudaError_t sm80_backward(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
-                          cudaStream_t stream);
+bool mma_sync_supports(const ChunkedAttentionParams& params);
+cudaError_t mma_sync_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
+                             cudaStream_t stream);
+cudaError_t mma_sync_backward(const ChunkedAttentionBackwardParams& params,
+                              const BackwardStage& stage, cudaStream_t stream);
 
 // Local attention by wgmma: both passes whole, without stages. True where they cover these sizes
 // and flags on the current device.
-bool local_sm90_supports(const ChunkedAttentionParams& params);
-cudaError_t local_sm90_forward(const ChunkedAttentionParams& params, cudaStream_t stream);
-int64_t local_sm90_backward_workspace(const ChunkedAttentionParams& params);
-cudaError_t local_sm90_backward(const ChunkedAttentionBackwardParams& params, cudaStream_t stream);
+bool local_supports(const ChunkedAttentionParams& params);
+cudaError_t local_forward(const ChunkedAttentionParams& params, cudaStream_t stream);
+int64_t local_backward_workspace(const ChunkedAttentionParams& params);
+cudaError_t local_backward(const ChunkedAttentionBackwardParams& params, cudaStream_t stream);
 
 }  // namespace reformer::kernels

@@ -1,6 +1,6 @@
 // The hash for any sizes, types and device: a tiled fp32 product in registers whose columns are
-// reduced to their argmax as they come, so that xR is never stored. lsh_hash_sm80.cu and
-// lsh_hash_sm90.cu have the tensor-core instances, lsh_hash_direct.cu the one for few tokens.
+// reduced to their argmax as they come, so that xR is never stored. mma_sync.cu and wgmma.cu have
+// the tensor-core instances, direct.cu the one for few tokens.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -279,8 +279,8 @@ bool has_few_tokens(const LshHashParams& params) {
 
 int64_t lsh_hash_workspace(const LshHashParams& params) {
   if (!valid(params) || has_few_tokens(params)) return 0;
-  if (lsh_hash_sm90_supports(params)) return lsh_hash_sm90_workspace(params);
-  if (lsh_hash_sm80_supports(params)) return lsh_hash_sm80_workspace(params);
+  if (lsh_hash_wgmma_supports(params)) return lsh_hash_wgmma_workspace(params);
+  if (lsh_hash_mma_sync_supports(params)) return lsh_hash_mma_sync_workspace(params);
   return 0;
 }
 
@@ -288,8 +288,8 @@ cudaError_t lsh_hash(const LshHashParams& params, cudaStream_t stream) {
   if (!valid(params)) return cudaErrorInvalidValue;
   if (params.batch * params.heads * params.length * params.rounds == 0) return cudaSuccess;
   if (has_few_tokens(params)) return lsh_hash_direct(params, stream);
-  if (lsh_hash_sm90_supports(params)) return lsh_hash_sm90(params, stream);
-  if (lsh_hash_sm80_supports(params)) return lsh_hash_sm80(params, stream);
+  if (lsh_hash_wgmma_supports(params)) return lsh_hash_wgmma(params, stream);
+  if (lsh_hash_mma_sync_supports(params)) return lsh_hash_mma_sync(params, stream);
   return lsh_hash_simt(params, stream);
 }
 

@@ -17,7 +17,7 @@
 #include "tensor_core/mma.cuh"
 
 namespace reformer::kernels {
-namespace hash_sm80 {
+namespace hash_mma_sync {
 namespace {
 
 using namespace packed_hash;
@@ -225,34 +225,34 @@ cudaError_t choose(const LshHashParams& params, const HashColumns& columns, cons
 }
 
 }  // namespace
-}  // namespace hash_sm80
+}  // namespace hash_mma_sync
 
-bool lsh_hash_sm80_supports(const LshHashParams& params) {
+bool lsh_hash_mma_sync_supports(const LshHashParams& params) {
   if (!packed_hash::suits(params)) return false;
   DeviceTraits traits{};
   if (current_device_traits(&traits) != cudaSuccess || traits.major < 8) return false;
   const HashColumns columns = packed_hash::lane_columns(params);
-  const auto packing = hash_sm80::packing_for(params, columns, traits);
+  const auto packing = hash_mma_sync::packing_for(params, columns, traits);
   return packing.rounds > 0 && packing.groups <= 65535;
 }
 
-int64_t lsh_hash_sm80_workspace(const LshHashParams& params) {
+int64_t lsh_hash_mma_sync_workspace(const LshHashParams& params) {
   DeviceTraits traits{};
   if (current_device_traits(&traits) != cudaSuccess) return 0;
   const HashColumns columns = packed_hash::lane_columns(params);
-  return packed_hash::packed_bytes(params, hash_sm80::packing_for(params, columns, traits));
+  return packed_hash::packed_bytes(params, hash_mma_sync::packing_for(params, columns, traits));
 }
 
-cudaError_t lsh_hash_sm80(const LshHashParams& params, cudaStream_t stream) {
+cudaError_t lsh_hash_mma_sync(const LshHashParams& params, cudaStream_t stream) {
   DeviceTraits traits{};
   const cudaError_t error = current_device_traits(&traits);
   if (error != cudaSuccess) return error;
   const HashColumns columns = packed_hash::lane_columns(params);
-  const auto packing = hash_sm80::packing_for(params, columns, traits);
+  const auto packing = hash_mma_sync::packing_for(params, columns, traits);
   if (params.x_dtype == DType::f16) {
-    return hash_sm80::choose<__half>(params, columns, packing, traits, stream);
+    return hash_mma_sync::choose<__half>(params, columns, packing, traits, stream);
   }
-  return hash_sm80::choose<__nv_bfloat16>(params, columns, packing, traits, stream);
+  return hash_mma_sync::choose<__nv_bfloat16>(params, columns, packing, traits, stream);
 }
 
 }  // namespace reformer::kernels

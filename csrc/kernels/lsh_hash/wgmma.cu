@@ -21,7 +21,7 @@
 #include "tensor_core/wgmma.cuh"
 
 namespace reformer::kernels {
-namespace hash_sm90 {
+namespace hash_wgmma {
 namespace {
 
 using namespace packed_hash;
@@ -197,38 +197,38 @@ cudaError_t choose(const LshHashParams& params, const HashColumns& columns, cons
 }
 
 }  // namespace
-}  // namespace hash_sm90
+}  // namespace hash_wgmma
 
-bool lsh_hash_sm90_supports(const LshHashParams& params) {
+bool lsh_hash_wgmma_supports(const LshHashParams& params) {
   if (!packed_hash::suits(params)) return false;
   DeviceTraits traits{};
   if (current_device_traits(&traits) != cudaSuccess || traits.major != 9 || traits.minor != 0) {
     return false;
   }
   const HashColumns columns = packed_hash::lane_columns(params);
-  const auto packing = hash_sm90::packing_for(params, columns, traits);
+  const auto packing = hash_wgmma::packing_for(params, columns, traits);
   return packing.rounds > 0 && packing.groups <= 65535 &&
-         has_body<hash_sm90::hash_kernel<__nv_bfloat16, 4, 4>>();
+         has_body<hash_wgmma::hash_kernel<__nv_bfloat16, 4, 4>>();
 }
 
-int64_t lsh_hash_sm90_workspace(const LshHashParams& params) {
+int64_t lsh_hash_wgmma_workspace(const LshHashParams& params) {
   DeviceTraits traits{};
   if (current_device_traits(&traits) != cudaSuccess) return 0;
   const HashColumns columns = packed_hash::lane_columns(params);
-  const auto packing = hash_sm90::packing_for(params, columns, traits);
+  const auto packing = hash_wgmma::packing_for(params, columns, traits);
   return packed_hash::packed_bytes(params, packing);
 }
 
-cudaError_t lsh_hash_sm90(const LshHashParams& params, cudaStream_t stream) {
+cudaError_t lsh_hash_wgmma(const LshHashParams& params, cudaStream_t stream) {
   DeviceTraits traits{};
   const cudaError_t error = current_device_traits(&traits);
   if (error != cudaSuccess) return error;
   const HashColumns columns = packed_hash::lane_columns(params);
-  const auto packing = hash_sm90::packing_for(params, columns, traits);
+  const auto packing = hash_wgmma::packing_for(params, columns, traits);
   if (params.x_dtype == DType::f16) {
-    return hash_sm90::choose<__half>(params, columns, packing, traits, stream);
+    return hash_wgmma::choose<__half>(params, columns, packing, traits, stream);
   }
-  return hash_sm90::choose<__nv_bfloat16>(params, columns, packing, traits, stream);
+  return hash_wgmma::choose<__nv_bfloat16>(params, columns, packing, traits, stream);
 }
 
 }  // namespace reformer::kernels

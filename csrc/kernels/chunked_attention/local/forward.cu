@@ -218,7 +218,7 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, cudaStream_t st
 }  // namespace
 }  // namespace tiled::local
 
-cudaError_t local_sm90_forward(const ChunkedAttentionParams& params, cudaStream_t stream) {
+cudaError_t local_forward(const ChunkedAttentionParams& params, cudaStream_t stream) {
   return tiled::dispatch<32, 64, 128>(params, [&](auto element, auto head_dim, auto) {
     return tiled::local::launch_forward<decltype(element), head_dim()>(params, stream);
   });

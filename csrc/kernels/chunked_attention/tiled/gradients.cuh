@@ -1,5 +1,5 @@
-// What the backward kernels of chunked attention share: chunked_attention_tiled_backward.cuh for
-// head dims up to 64, chunked_attention_sm90_backward_128.cu for 128.
+// What the backward kernels of chunked attention share: backward.cuh for head dims up to
+// 64, wgmma_backward_128.cu for 128.
 #pragma once
 
 #include "chunked_attention/tiled/masks.cuh"
@@ -174,7 +174,7 @@ __device__ __forceinline__ float projection(float dot, float key_scale) {
   return key_scale < kMaxKeyScale ? dot * key_scale * key_scale : 0.0F;
 }
 
-// sm90_backward for head_dim 128.
+// wgmma_backward for head_dim 128.
 cudaError_t backward_128(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
                          cudaStream_t stream);
 

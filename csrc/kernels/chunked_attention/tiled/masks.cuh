@@ -1,5 +1,5 @@
 // Masks of the tiled kernels beyond order, self and padding: a kernel before them has worked out
-// which pairs may attend (chunked_attention_pair_bits.cu), and the plain instances pay nothing.
+// which pairs may attend (pair_bits.cu), and the plain instances pay nothing.
 #pragma once
 
 #include "chunked_attention/tiled/tiled.cuh"

@@ -17,8 +17,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 }  // namespace tiled
 
-cudaError_t sm80_backward(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
-                          cudaStream_t stream) {
+cudaError_t mma_sync_backward(const ChunkedAttentionBackwardParams& params,
+                              const BackwardStage& stage, cudaStream_t stream) {
   return tiled::dispatch_masks<32, 64>(
       params, [&](auto element, auto head_dim, auto causal, auto masks) {
         using Element = decltype(element);

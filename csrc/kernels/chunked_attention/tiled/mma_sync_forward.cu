@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kMasks>)
 }  // namespace
 }  // namespace tiled
 
-cudaError_t sm80_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
-                         cudaStream_t stream) {
+cudaError_t mma_sync_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
+                             cudaStream_t stream) {
   return tiled::dispatch_masks<32, 64>(
       params, [&](auto element, auto head_dim, auto causal, auto masks) {
         using Element = decltype(element);

@@ -43,18 +43,18 @@ bool suits(const ChunkedAttentionParams& params) {
 }  // namespace
 }  // namespace tiled
 
-bool sm90_supports(const ChunkedAttentionParams& params) {
+bool wgmma_supports(const ChunkedAttentionParams& params) {
   return tiled::suits<32, 64, 128>(params) && tiled::has_wgmma();
 }
 
-bool sm80_supports(const ChunkedAttentionParams& params) {
+bool mma_sync_supports(const ChunkedAttentionParams& params) {
   using Shared = tiled::BackwardShared<tiled::MmaSync<__half>>;
   DeviceTraits traits{};
   return tiled::suits<32, 64>(params) && current_device_traits(&traits) == cudaSuccess &&
          traits.major >= 8 && traits.shared_memory >= static_cast<int>(sizeof(Shared));
 }
 
-bool local_sm90_supports(const ChunkedAttentionParams& params) {
+bool local_supports(const ChunkedAttentionParams& params) {
   const bool sizes =
       (params.head_dim == 32 || params.head_dim == 64 || params.head_dim == 128) &&
       (params.chunk_size % tiled::kTileRows == 0 || params.chunk_size >= params.length) &&

@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 }  // namespace
 }  // namespace tiled
 
-cudaError_t sm90_backward(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
-                          cudaStream_t stream) {
+cudaError_t wgmma_backward(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage,
+                           cudaStream_t stream) {
   if (params.head_dim == 128) return tiled::backward_128(params, stage, stream);
   return tiled::dispatch_masks<32, 64>(params, [&](auto element, auto head_dim, auto causal,
                                                    auto masks) {

@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kHeadDim, kMasks>)
 }  // namespace
 }  // namespace tiled
 
-cudaError_t sm90_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
-                         cudaStream_t stream) {
+cudaError_t wgmma_forward(const ChunkedAttentionParams& params, const ForwardStage& stage,
+                          cudaStream_t stream) {
   return tiled::dispatch_masks<32, 64, 128>(
       params, [&](auto element, auto head_dim, auto causal, auto masks) {
         using Element = decltype(element);
