@@ -348,7 +348,9 @@ def ladder() -> Iterator[str]:
     rows = sorted(map(json.loads, lines), key=lambda row: list(ARMS).index(row["arm"]))
 
     def row(found: Row) -> list[str]:
-        rate = "" if found["lr"] == 5e-3 else f", Muon at {found['lr']:g}"
+        label = ARMS[found["arm"]]
+        if found["lr"] != 5e-3:
+            label = f"both, Muon at {found['lr']:g}"
         figures = (
             found["val"],
             found["by_position"]["4096-8192"],
@@ -356,7 +358,7 @@ def ladder() -> Iterator[str]:
             found["repeat_second"],
         )
         return [
-            ARMS[found["arm"]] + rate,
+            label,
             str(found["steps"]),
             *(f"{figure:.3f}" for figure in figures),
             f"{found['peak_GiB']:.1f}",
