@@ -116,6 +116,34 @@ def test_a_missing_field_is_not_a_new_default(tmp_path: Path) -> None:
     assert dataclasses.asdict(config_from_fields(ReformerConfig, {})) == ABSENT["ReformerConfig"]
 
 
+def test_new_defaults_move_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of an old file, or of another library's weights, computes what it did."""
+    new = {
+        "look_back": 3,
+        "same_bucket": True,
+        "correct_duplicates": True,
+        "shared_qk_scale": 0.3,
+        "local_wrap": True,
+        "rotary_base": 3.0,
+        "rotary_before_hash": True,
+        "streams": "concat",
+        "head_bias": True,
+        "hash_seed": 5,
+        "norm_eps": 0.1,
+    }
+    names = [field.name for field in dataclasses.fields(ReformerConfig)]
+    before = ReformerConfig.__init__.__defaults__
+    assert before is not None and len(before) == len(names)
+    defaults = tuple(new.get(name, value) for name, value in zip(names, before, strict=True))
+    models = {name: type(make()) for name, make in MODELS.items()}
+    monkeypatch.setattr(ReformerConfig.__init__, "__defaults__", defaults)
+    assert ReformerConfig().rotary_base == 3.0
+    for name, kind in models.items():
+        check(kind.from_pretrained(GOLDEN / name), GOLDEN / name)
+    check(golden.read_reformer_pytorch(GOLDEN / "reformer_pytorch"), GOLDEN / "reformer_pytorch")
+    check(golden.read_transformers(GOLDEN / "transformers"), GOLDEN / "transformers")
+
+
 def test_the_format_is_written(tmp_path: Path) -> None:
     ReformerLM.from_pretrained(GOLDEN / "lm_rotary").save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["format"] == FORMAT

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import AxialPositions, Reformer, ReformerConfig, ReformerLM, hash_rotations
+from ..nn.pretrained import lasting_config
 from ._weights import Weight, affine, axial, load_weights, read_weights
 
 __all__ = ["LSHSelfAttention", "from_reformer_pytorch"]
@@ -121,7 +122,8 @@ def from_reformer_pytorch(
         axial_position_shape = axial_position_shape or (-(-max_seq_len // bucket_size), bucket_size)
     elif absolute_position_emb:
         positions = "absolute"
-    config = ReformerConfig(
+    config = lasting_config(
+        ReformerConfig,
         vocab_size=num_tokens,
         dim=dim,
         layers=("full" if use_full_attn else "lsh",) * depth,

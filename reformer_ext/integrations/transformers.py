@@ -24,6 +24,7 @@ from ..nn import (
     ReformerForSequenceClassification,
     ReformerLM,
 )
+from ..nn.pretrained import lasting_config
 from ._weights import Weight, affine, axial, load_weights, read_weights, write_weights
 
 __all__ = ["accelerate", "from_transformers", "to_transformers"]
@@ -238,7 +239,8 @@ def _config_from(config: Any, has_lm_head: bool) -> ReformerConfig:
     check("classifier_dropout", config.classifier_dropout in (None, dropout), f"None or {dropout}")
     axial = config.axial_pos_embds
     max_length = config.max_position_embeddings
-    return ReformerConfig(
+    return lasting_config(
+        ReformerConfig,
         vocab_size=config.vocab_size,
         dim=config.hidden_size,
         layers=layers,

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from .formats import ABSENT, FORMAT, check_format
 
-__all__ = ["PretrainedModel", "config_from_fields", "restore_model"]
+__all__ = ["PretrainedModel", "config_from_fields", "lasting_config", "restore_model"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -105,6 +105,7 @@ class PretrainedModel(nn.Module):
         return model.to(device).eval()
 
 
+_Config = TypeVar("_Config")
 _Model = TypeVar("_Model", bound=PretrainedModel)
 
 
@@ -161,6 +162,12 @@ def config_from_fields(config_class: type[Any], fields: Mapping[str, Any]) -> An
     if not set(fields) <= known:
         raise ValueError(f"unknown fields {sorted(set(fields) - known)}")
     return config_class(**{**ABSENT.get(config_class.__name__, {}), **fields})
+
+
+def lasting_config(config_class: type[_Config], **fields: Any) -> _Config:
+    """A ``config_class`` that does not move with the defaults of new models: for weights that were
+    trained elsewhere."""
+    return config_from_fields(config_class, fields)
 
 
 def first_line(error: BaseException) -> str:
