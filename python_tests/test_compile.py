@@ -126,7 +126,7 @@ def test_compiled_once_for_every_length(name: str, device: str) -> None:
             compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
         assert_same(value_and_grads(compiled, inputs), value_and_grads(function, inputs))
         compilations.append(counter.frame_count)
-    assert compilations[0] == compilations[-1]
+    assert compilations[0] == compilations[-1] > 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -204,7 +204,8 @@ def test_export_with_a_dynamic_length(device: str) -> None:
 
 def test_aot_inductor(tmp_path: Path) -> None:
     assert shutil.which("g++") or shutil.which("c++"), "needs a C++ compiler, as the build does"
-    with torch.no_grad():
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # three times as fast to compile
+    with torch.no_grad(), torch._inductor.config.patch(quick):
         package = torch._inductor.aoti_compile_and_package(
             exported("cpu"), package_path=str(tmp_path / "attention.pt2")
         )

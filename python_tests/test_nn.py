@@ -685,7 +685,7 @@ def test_cuda_agrees_with_cpu() -> None:
     got = model.cuda()(tokens.cuda()).cpu()
     # A query near the border of two buckets may fall on the other side.
     error = (got - expected).abs().amax(dim=-1)
-    assert error.median() < 1e-4
+    assert (error < 1e-4).double().mean() > 0.9
     assert error.max() < 0.1
     shape = {"n_heads": 2, "head_dim": 32, "n_hashes": 3, "n_buckets": [16], "dtype": torch.float32}
     rotations = [hash_rotations(3, 9, **shape, device=torch.device(d)) for d in ("cpu", "cuda")]
