@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -1109,6 +1110,23 @@ def test_layer_hashes_anew_in_training_only() -> None:
     assert torch.equal(layer(x), third)
     layer.eval()
     assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 0}, "expected heads to be an integer >= 1, got 0"),
+        ({"heads": 2.0}, "expected heads to be an integer >= 1, got 2.0"),
+        ({"bucket_size": 0}, "expected bucket_size to be an integer >= 1, got 0"),
+        ({"n_hashes": 0}, "expected n_hashes to be an integer >= 1, got 0"),
+        ({"dim_head": -8}, "expected dim_head to be an integer >= 1, got -8"),
+        ({"full_attn_thres": -1}, "expected full_attn_thres to be an integer >= 0, got -1"),
+        ({"dropout": 1.5}, r"expected dropout in [0, 1), got 1.5"),
+    ],
+)
+def test_layer_sizes_are_checked(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^LSHSelfAttention: {re.escape(message)}$"):
+        lucidrains.LSHSelfAttention(16, **{"heads": 2, **change})
 
 
 def test_layer_errors_are_named() -> None:

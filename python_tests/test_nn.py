@@ -7,6 +7,7 @@ import doctest
 import importlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -252,8 +253,25 @@ def test_position_errors() -> None:
         AxialPositions((3, 4), 8, (4, 5))
     with pytest.raises(ValueError, match="AbsolutePositions: expected at most 4 positions, got 5"):
         AbsolutePositions(4, 8)(5)
-    with pytest.raises(ValueError, match="RotaryPositions: expected an even head_dim"):
-        RotaryPositions(7)
+    for width in (7, 0, 8.0, "8"):
+        with pytest.raises(ValueError, match="RotaryPositions: expected an even head_dim"):
+            RotaryPositions(width)
+    for base in (0, -1.0, math.nan, math.inf, "10"):
+        with pytest.raises(ValueError, match="RotaryPositions: expected base to be a number > 0"):
+            RotaryPositions(8, base)
+    for positions in (AbsolutePositions(64, 32), AxialPositions((8, 8), 32), RotaryPositions(8)):
+        assert len(positions(0)) == (2 if isinstance(positions, RotaryPositions) else 0)
+        for length in (-1, 2.0, "2"):
+            message = f"{type(positions).__name__}: expected length to be an integer >= 0, got "
+            with pytest.raises(ValueError, match=f"^{message}{length!r}$"):
+                positions(length)
+    for sizes in ((0, 8), (8.0, 8), (4, 0), (4, "8")):
+        with pytest.raises(ValueError, match=r"AbsolutePositions: expected (max_length|dim) to be"):
+            AbsolutePositions(*sizes)
+    with pytest.raises(ValueError, match=r"AxialPositions: expected shape of positive sizes, got"):
+        AxialPositions((2.0, 4), 8)
+    with pytest.raises(ValueError, match="AxialPositions: expected 2 positive dims that sum to 8"):
+        AxialPositions((3, 4), 8, (4.0, 4))
 
 
 # Chunks of positions
@@ -330,6 +348,25 @@ def test_chunked_loss_under_autocast_is_float32() -> None:
     assert loss.dtype == torch.float32
     exact = chunked_lm_loss(hidden, weight, None, targets)
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 0}, "expected dim to be an integer >= 1, got 0"),
+        ({"dim": 4.0}, "expected dim to be an integer >= 1, got 4.0"),
+        ({"hidden": 0}, "expected hidden to be an integer >= 1, got 0"),
+        ({"hidden": "8"}, "expected hidden to be an integer >= 1, got '8'"),
+        ({"chunk_size": 2.5}, "expected chunk_size >= 0, got 2.5"),
+        ({"chunk_size": True}, "expected chunk_size >= 0, got True"),
+        ({"dropout": 1.0}, r"expected dropout in [0, 1), got 1.0"),
+        ({"dropout": math.nan}, r"expected dropout in [0, 1), got nan"),
+        ({"dropout": "0"}, r"expected dropout in [0, 1), got '0'"),
+    ],
+)
+def test_feed_forward_errors(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^ChunkedFeedForward: {re.escape(message)}$"):
+        ChunkedFeedForward(**{"dim": 4, **change})
 
 
 def test_chunked_errors() -> None:

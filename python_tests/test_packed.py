@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -346,9 +347,19 @@ def test_other_errors() -> None:
         reformer_ext.lsh_attention_packed(x, x[:, :, :9], [0, 10])
     with pytest.raises(RuntimeError, match=r"chunked_attention_packed: expected k \[1, 2, 10, 8\]"):
         reformer_ext.chunked_attention_packed(x, x[:, :1], x, [0, 10])
-    buckets = torch.zeros(1, 2, 3, 9, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"expected batch size 1 and 10 positions .*\[1, 2, 3, 9"):
-        reformer_ext.lsh_attention_packed(x, x, [0, 10], buckets=buckets)
+    lists = torch.zeros(1, 2, 3, 10, dtype=torch.int32)
+    for bad in (lists[..., :9], lists.long(), lists[:, :1], lists.expand(2, -1, -1, -1), lists[0]):
+        got = re.escape(f"got {list(bad.shape)} of {bad.dtype}")
+        expected = r"\[1, 2, (3|R), 10\] of torch.int32, "
+        with pytest.raises(
+            RuntimeError, match=f"^lsh_attention_packed: expected buckets {expected}{got}$"
+        ):
+            reformer_ext.lsh_attention_packed(x, x, [0, 10], buckets=bad)
+        for argument in ("order", "buckets"):
+            options = {"order": lists, argument: bad}
+            message = f"^chunked_attention_packed: expected {argument} {expected}{got}$"
+            with pytest.raises(RuntimeError, match=message):
+                reformer_ext.chunked_attention_packed(x, None, x, [0, 10], **options)
     for name, call in {
         "chunked_attention_packed": lambda: reformer_ext.chunked_attention_packed(
             x, x, x, [0, 10], key_padding_mask=mask

@@ -63,6 +63,7 @@ def chunked_attention_packed(
     """
     name = "chunked_attention_packed"
     lengths = sequence_lengths(name, cu_seqlens, _line(name, q, k, v), key_padding_mask)
+    _check_lists(name, q, order=order, buckets=buckets)
     seed = ops.seed_tensor(dropout_seed, options.get("dropout_p", 0.0), q.device)
 
     def attend(
@@ -121,6 +122,7 @@ def lsh_attention_packed(
     """
     name = "lsh_attention_packed"
     lengths = sequence_lengths(name, cu_seqlens, _line(name, qk, k, v), key_padding_mask)
+    _check_lists(name, qk, buckets=buckets)
     seed = ops.seed_tensor(dropout_seed, options.get("dropout_p", 0.0), qk.device)
 
     def attend(
@@ -270,6 +272,20 @@ def _line(name: str, q: Tensor, k: Tensor | None, v: Tensor) -> tuple[int, int]:
                 f"{name}: expected {argument} {list(q.shape)}, as the queries, got {list(x.shape)}"
             )
     return q.shape[0], q.shape[2]
+
+
+def _check_lists(name: str, q: Tensor, **lists: Tensor | None) -> None:
+    """Raises RuntimeError unless each is None or int32 ``(1, H, R, total)``."""
+    for argument, x in lists.items():
+        if x is None:
+            continue
+        expected = [1, q.shape[1], x.shape[2] if x.dim() == 4 else "R", q.shape[2]]
+        if list(x.shape) != expected or x.dtype != torch.int32:
+            shape = ", ".join(map(str, expected))
+            raise RuntimeError(
+                f"{name}: expected {argument} [{shape}] of torch.int32, "
+                f"got {list(x.shape)} of {x.dtype}"
+            )
 
 
 def _cat(tensors: list[Tensor], dim: int) -> Tensor:

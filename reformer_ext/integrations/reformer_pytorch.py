@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import AxialPositions, Reformer, ReformerConfig, ReformerLM, hash_rotations
+from ..nn.checks import check_dropout, check_int
 from ..nn.pretrained import lasting_config
 from ._weights import Weight, affine, axial, load_weights, read_weights
 
@@ -194,7 +195,7 @@ class LSHSelfAttention(nn.Module):
 
     Raises:
         TypeError: an option that the original does not have.
-        ValueError: an option without a counterpart here.
+        ValueError: an option without a counterpart here, or out of range.
     """
 
     def __init__(
@@ -218,6 +219,14 @@ class LSHSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         _refuse("LSHSelfAttention", _LAYER_OPTIONS, others)
+        sizes = {"dim": dim, "heads": heads, "bucket_size": bucket_size, "n_hashes": n_hashes}
+        if dim_head is not None:
+            sizes["dim_head"] = dim_head
+        for argument, value in sizes.items():
+            check_int("LSHSelfAttention", argument, value)
+        if full_attn_thres is not None:
+            check_int("LSHSelfAttention", "full_attn_thres", full_attn_thres, 0)
+        check_dropout("LSHSelfAttention", dropout)
         if dim_head is None:
             if dim % heads:
                 raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import exports_any
+from .checks import check_dropout, check_int, is_int
 
 __all__ = ["ACTIVATIONS", "ChunkedFeedForward", "chunked_lm_loss", "map_positions"]
 
@@ -85,13 +86,16 @@ class ChunkedFeedForward(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        name = "ChunkedFeedForward"
+        check_int(name, "dim", dim)
         hidden = 4 * dim if hidden is None else hidden
-        if chunk_size < 0:
-            raise ValueError(f"ChunkedFeedForward: expected chunk_size >= 0, got {chunk_size}")
+        check_int(name, "hidden", hidden)
+        if not is_int(chunk_size, 0):
+            raise ValueError(f"{name}: expected chunk_size >= 0, got {chunk_size!r}")
+        check_dropout(name, dropout)
         if activation not in ACTIVATIONS:
             raise ValueError(
-                f"ChunkedFeedForward: expected activation in {sorted(ACTIVATIONS)}, "
-                f"got {activation!r}"
+                f"{name}: expected activation in {sorted(ACTIVATIONS)}, got {activation!r}"
             )
         self.chunk_size = chunk_size
         self.activation = activation
@@ -161,8 +165,8 @@ def chunked_lm_loss(
         raise ValueError(
             f"chunked_lm_loss: expected reduction mean, sum or none, got {reduction!r}"
         )
-    if chunk_size < 0:
-        raise ValueError(f"chunked_lm_loss: expected chunk_size >= 0, got {chunk_size}")
+    if not is_int(chunk_size, 0):
+        raise ValueError(f"chunked_lm_loss: expected chunk_size >= 0, got {chunk_size!r}")
     each = "none" if reduction == "none" else "sum"
 
     def chunk_loss(x: Tensor, y: Tensor) -> Tensor:

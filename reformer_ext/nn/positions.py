@@ -10,20 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .checks import check_int, check_number, is_int
 
 __all__ = ["AbsolutePositions", "AxialPositions", "RotaryPositions", "apply_rotary"]
 
 
 class AbsolutePositions(nn.Module):
-    """A learned vector per position: ``max_length * dim`` parameters."""
+    """A learned vector per position: ``max_length * dim`` parameters.
+
+    Raises:
+        ValueError: max_length or dim is no integer >= 1.
+    """
 
     def __init__(self, max_length: int, dim: int) -> None:
         super().__init__()
+        check_int("AbsolutePositions", "max_length", max_length)
+        check_int("AbsolutePositions", "dim", dim)
         self.weight = nn.Parameter(torch.empty(max_length, dim))
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, length: int) -> Tensor:
-        """The first ``length`` vectors, ``(length, dim)``. Raises ValueError above max_length."""
+        """The first ``length`` vectors, ``(length, dim)``. Raises ValueError unless length is in
+        0 .. max_length."""
         _check_length("AbsolutePositions", length, self.weight.shape[0])
         return self.weight[:length]
 
@@ -60,7 +68,8 @@ class AxialPositions(nn.Module):
         summed: bool = False,
     ) -> None:
         super().__init__()
-        if not shape or any(size < 1 for size in shape):
+        check_int("AxialPositions", "dim", dim)
+        if not shape or not all(is_int(size, 1) for size in shape):
             raise ValueError(
                 f"AxialPositions: expected shape of positive sizes, got {tuple(shape)}"
             )
@@ -72,7 +81,8 @@ class AxialPositions(nn.Module):
             small, larger = divmod(dim, len(shape))
             dims = [small + (axis < larger) for axis in range(len(shape))]
         total = len(shape) * dim if summed else dim
-        if len(dims) != len(shape) or sum(dims) != total or any(width < 1 for width in dims):
+        whole = all(is_int(width, 1) for width in dims)
+        if len(dims) != len(shape) or not whole or sum(dims) != total:
             raise ValueError(
                 f"AxialPositions: expected {len(shape)} positive dims that sum to {total}, "
                 f"got {tuple(dims)}"
@@ -86,7 +96,8 @@ class AxialPositions(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, length: int) -> Tensor:
-        """The first ``length`` vectors, ``(length, dim)``. ValueError above ``prod(shape)``."""
+        """The first ``length`` vectors, ``(length, dim)``. Raises ValueError unless length is in
+        0 .. ``prod(shape)``."""
         _check_length("AxialPositions", length, math.prod(self.shape))
         if torch.compiler.is_compiling() and not self.training:
             # A graph for any length: how many whole rows there are would fix it.
@@ -117,18 +128,24 @@ class RotaryPositions(nn.Module):
 
     Args:
         head_dim: D, even.
-        base: wavelengths go from 2 pi to ``2 pi * base``.
+        base: wavelengths go from 2 pi to ``2 pi * base``; above 0.
+
+    Raises:
+        ValueError: naming the argument.
     """
 
     def __init__(self, head_dim: int, base: float = 10000.0) -> None:
         super().__init__()
-        if head_dim < 2 or head_dim % 2:
-            raise ValueError(f"RotaryPositions: expected an even head_dim >= 2, got {head_dim}")
+        if not is_int(head_dim, 2) or head_dim % 2:
+            raise ValueError(f"RotaryPositions: expected an even head_dim >= 2, got {head_dim!r}")
+        check_number("RotaryPositions", "base", base, 0)
         self.head_dim = head_dim
         self.base = base
 
     def forward(self, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Factors for :func:`apply_rotary`, float32 ``(length, head_dim)`` each."""
+        """Factors for :func:`apply_rotary`, float32 ``(length, head_dim)`` each. Raises ValueError
+        for a length below 0."""
+        _check_length("RotaryPositions", length)
         return self.at(torch.arange(length, device=device))
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,6 +175,8 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return ops.apply_rotary(x, *rotary)
 
 
-def _check_length(name: str, length: int, limit: int) -> None:
-    if length > limit:
+def _check_length(name: str, length: int, limit: int | None = None) -> None:
+    if not isinstance(length, torch.SymInt):  # of a graph that takes any length
+        check_int(name, "length", length, 0)
+    if limit is not None and length > limit:
         raise ValueError(f"{name}: expected at most {limit} positions, got {length}")

@@ -278,6 +278,7 @@ class _Run:
         self.autocast_state = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in dict.fromkeys(("cpu", device.type))
+            if torch.amp.is_autocast_available(kind)  # not on the meta device
         ]
 
     def current_parameters(self) -> list[nn.Parameter]:
