@@ -15,7 +15,7 @@ from torch import Tensor
 import reformer_ext
 from python_tests.cases import tiny_config
 from reformer_ext.nn import DecodingCache, ReformerLM
-from reformer_ext.nn.cache import FullCache
+from reformer_ext.nn.attention.full import FullCache
 
 ops = torch.ops.reformer
 DEVICES = ["cpu", gpu("cuda")]

@@ -76,7 +76,7 @@ def hashing_alike(
 
     with (
         mock.patch.object(torch, "randn", theirs),
-        mock.patch("reformer_ext.nn.attention.hash_rotations", ours),
+        mock.patch("reformer_ext.nn.attention.lsh.hash_rotations", ours),
         mock.patch.object(lucidrains, "hash_rotations", ours),
     ):
         yield

@@ -38,7 +38,7 @@ from .nn import (
     ReformerLM,
     apply_rotary,
 )
-from .nn.encoder_decoder import _DecoderAttentionBlock
+from .nn.encoder_decoder import DecoderAttentionBlock
 from .reference import NORM_EPS
 
 __all__ = [
@@ -447,7 +447,7 @@ def inspect_model(
         )
     of_context = {"context": context, "context_padding_mask": context_padding_mask}
     of_context = {name: tensor for name, tensor in of_context.items() if tensor is not None}
-    is_decoder = any(isinstance(module, _DecoderAttentionBlock) for module in reformer.modules())
+    is_decoder = any(isinstance(module, DecoderAttentionBlock) for module in reformer.modules())
     _check(
         "inspect_model",
         "context",

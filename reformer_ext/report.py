@@ -157,9 +157,9 @@ def inspect_checkpoint(
         raise ValueError(f"inspect: expected --loss-bytes to be at least 0, got {loss_bytes}")
     model = load_model(checkpoint, device)
     config = model.config
-    if "lsh" not in config.layers:
+    if "lsh" not in config.kinds:
         raise ValueError(
-            f"inspect: expected a model with lsh layers, got layers {','.join(config.layers)} "
+            f"inspect: expected a model with lsh layers, got layers {','.join(config.kinds)} "
             f"in {shown(checkpoint)}"
         )
     length = config.max_length if length is None else length
@@ -183,7 +183,7 @@ def inspect_checkpoint(
     rounds = config.n_hashes if n_hashes is None else n_hashes
     facts = {
         "checkpoint": shown(checkpoint),
-        "model": f"{' '.join(config.layers)}, dim {config.dim}, {config.heads} heads",
+        "model": f"{' '.join(config.kinds)}, dim {config.dim}, {config.heads} heads",
         "lsh layers": f"{rounds} hash rounds, chunks of {config.chunk_size}",
         "data": f"{name}: {sequences:,} x {length:,} of {len(text):,} bytes",
         "queries": f"{min(n_queries, length):,} of each sequence; top keys: {top_k}",

@@ -103,7 +103,7 @@ def _go_on(run: Run, out: Path, device: torch.device, checkpoint_every: int) -> 
     recipe, model = run.recipe, run.model
     print(run.corpus.describe(), flush=True)
     print(
-        f"{' '.join(run.model.config.layers)}, dim {run.model.config.dim}, "
+        f"{' '.join(run.model.config.kinds)}, dim {run.model.config.dim}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device_name(device)}; "
         f"{_describe(recipe)} bytes",
         flush=True,  # before the progress on the standard error

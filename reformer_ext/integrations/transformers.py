@@ -293,6 +293,7 @@ def _config_to(peer: Any, model: _Model) -> Any:
     check("layers", set(config.layers) <= {"local", "lsh"}, "'local' and 'lsh' only")
     check("positions", config.positions in ("axial", "absolute"), "'axial' or 'absolute'")
     required: dict[str, object] = {
+        "repeat": 1,
         "streams": "concat",
         "ff_glu": False,
         "attention_out_bias": False,
@@ -300,7 +301,7 @@ def _config_to(peer: Any, model: _Model) -> Any:
         "ff_dropout": config.dropout,
         "output_dropout": config.dropout,
         "length_multiple": _length_multiple(
-            config.layers, {"lsh": config.chunk_size, "local": config.local_chunk_size}
+            config.kinds, {"lsh": config.chunk_size, "local": config.local_chunk_size}
         ),
     }
     if isinstance(model, ReformerLM):

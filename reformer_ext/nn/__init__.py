@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from .attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention, hash_rotations
-from .cache import DecodingCache
+from .attention import (
+    ATTENTIONS,
+    AttentionCall,
+    AttentionOptions,
+    FullSelfAttention,
+    LocalSelfAttention,
+    LSHSelfAttention,
+    SelfAttention,
+    hash_rotations,
+)
+from .cache import CacheSizes, DecodingCache, LayerCache
+from .config import Layer, ReformerConfig
 from .cross_attention import FullCrossAttention, LSHCrossAttention
 from .encoder_decoder import EncoderDecoderCache, ReformerEncoderDecoder
 from .feed_forward import ChunkedFeedForward, chunked_lm_loss
@@ -13,13 +23,17 @@ from .heads import (
     ReformerForSequenceClassification,
     ReformerForTokenClassification,
 )
-from .models import Reformer, ReformerConfig, ReformerLM
+from .models import Reformer, ReformerLM
 from .positions import AbsolutePositions, AxialPositions, RotaryPositions, apply_rotary
 from .reversible import ReversibleStack
 
 __all__ = [
+    "ATTENTIONS",
     "AbsolutePositions",
+    "AttentionCall",
+    "AttentionOptions",
     "AxialPositions",
+    "CacheSizes",
     "ChunkedFeedForward",
     "DecodingCache",
     "EncoderDecoderCache",
@@ -27,6 +41,8 @@ __all__ = [
     "FullSelfAttention",
     "LSHCrossAttention",
     "LSHSelfAttention",
+    "Layer",
+    "LayerCache",
     "LocalSelfAttention",
     "Reformer",
     "ReformerConfig",
@@ -38,6 +54,7 @@ __all__ = [
     "ReformerLM",
     "ReversibleStack",
     "RotaryPositions",
+    "SelfAttention",
     "apply_rotary",
     "chunked_lm_loss",
     "hash_rotations",

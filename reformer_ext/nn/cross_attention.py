@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .attention import _Attention, _narrow, check_padding, hash_rotations
+from .attention import SelfAttention, check_padding, hash_rotations, narrow_buckets
 
 __all__ = ["CrossCache", "FullCrossAttention", "LSHCrossAttention"]
 
@@ -54,8 +54,10 @@ class CrossCache(nn.Module):
         self.padding[:, :length] = False if context_padding_mask is None else context_padding_mask
 
 
-class _CrossAttention(_Attention):
+class _CrossAttention(SelfAttention):
     """Queries from x, keys and values from the context."""
+
+    takes_norm = False
 
     def __init__(
         self,
@@ -328,4 +330,4 @@ class LSHCrossAttention(_CrossAttention):
         y = self._project_out(out)
         if not return_buckets:
             return y
-        return y, _narrow(buckets, n_buckets)
+        return y, narrow_buckets(buckets, n_buckets)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .attention import check_padding
+from .blocks import AttentionBlock
 from .cache import DecodingCache, reorder_rows
+from .config import ReformerConfig, is_int
 from .cross_attention import CrossCache, FullCrossAttention, LSHCrossAttention
 from .feed_forward import chunked_lm_loss
-from .models import Reformer, ReformerConfig, _AttentionBlock, _is_int, lm_head
+from .models import Reformer, lm_head
 from .pretrained import PretrainedModel, config_from_fields
 from .reversible import ReversibleBlock
 
@@ -305,13 +307,18 @@ class ReformerEncoderDecoder(PretrainedModel):
         )
 
 
-class _DecoderAttentionBlock(nn.Module):
+class DecoderAttentionBlock(nn.Module):
     """F of a decoder layer: ``a + cross(x + a, context)`` with ``a = attention(x)``."""
 
-    def __init__(self, attention: nn.Module, cross: nn.Module) -> None:
+    def __init__(self, attention: AttentionBlock, cross: AttentionBlock) -> None:
         super().__init__()
         self.attention = attention
         self.cross = cross
+
+    @property
+    def self_attention(self) -> nn.Module:
+        """The layer's attention over the target itself."""
+        return self.attention.self_attention
 
     def forward(
         self,
@@ -346,9 +353,9 @@ class _Decoder(Reformer):
         self.cross = tuple(cross)
         for index, (block, kind) in enumerate(zip(self.layers.blocks, cross, strict=True)):
             assert isinstance(block, ReversibleBlock)
-            assert block.f is not None
+            assert isinstance(block.f, AttentionBlock)
             attention = _cross_attention(config, context_dim, kind, index)
-            block.f = _DecoderAttentionBlock(block.f, _AttentionBlock(config, attention))
+            block.f = DecoderAttentionBlock(block.f, AttentionBlock(config, attention))
         if config.attention_dropout > 0.0 and "full" in cross:
             self.layers.preserve_rng_state = True
         self._initialize()
@@ -374,7 +381,11 @@ class _Decoder(Reformer):
                     "got one"
                 )
             return self._forward_cached(
-                tokens, key_padding_mask, n_hashes, cache.decoder, [*cache.cross]
+                tokens,
+                key_padding_mask,
+                n_hashes,
+                cache.decoder,
+                [cache.cross[layer] for layer in self.config.schedule],
             )
         if context is None:
             raise ValueError("ReformerEncoderDecoder: expected a source or its context, got none")
@@ -400,7 +411,7 @@ class _Decoder(Reformer):
                 "where chunks of LSH cross-attention begin depends on all queries, so that it "
                 "cannot go token by token (its weights fit a model with cross='full')"
             )
-        if not _is_int(source_capacity, 1):
+        if not is_int(source_capacity, 1):
             raise ValueError(
                 f"{name}: expected source_capacity to be an integer >= 1, got {source_capacity}"
             )
@@ -446,7 +457,8 @@ class _Decoder(Reformer):
         if self.training and self.config.attention_dropout > 0.0 and "lsh" in self.cross:
             seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
         result = []
-        for index, kind in enumerate(self.cross):
+        for index, layer in enumerate(self.config.schedule):
+            kind = self.cross[layer]
             kwargs: dict[str, Any] = {"context_padding_mask": context_padding_mask}
             if kind == "lsh":
                 kwargs.update(

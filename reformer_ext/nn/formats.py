@@ -22,6 +22,8 @@ ABSENT: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 256,
         "dim": 512,
         "layers": ("local", "lsh", "local", "lsh", "local", "lsh"),
+        "repeat": 1,
+        "repeat_order": "cycle",
         "heads": 8,
         "head_dim": None,
         "heads_at_once": 0,

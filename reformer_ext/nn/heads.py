@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..packed import sequence_lengths
+from .config import ReformerConfig
 from .feed_forward import chunked_lm_loss
-from .models import Reformer, ReformerConfig, ReformerLM
+from .models import Reformer, ReformerLM
 from .pretrained import PretrainedModel
 
 __all__ = [

@@ -1,10 +1,10 @@
-"""The Reformer: configuration, model and language model (Reformer, arXiv 2001.04451)."""
+"""The Reformer and the language model (Reformer, arXiv 2001.04451)."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -12,332 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import default_n_buckets, exports_any
+from ..ops import exports_any
 from ..packed import map_sequences, sequence_lengths
-from .attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention, check_padding
-from .cache import DecodingCache
-from .feed_forward import ACTIVATIONS, ChunkedFeedForward, chunked_lm_loss, map_positions
+from .attention import ATTENTIONS, AttentionCall, SelfAttention, check_padding
+from .blocks import AttentionBlock, FeedForwardBlock, by_heads, with_cross
+from .cache import CacheSizes, DecodingCache
+from .config import ReformerConfig, is_int
+from .feed_forward import chunked_lm_loss
 from .positions import AbsolutePositions, AxialPositions, RotaryPositions
 from .pretrained import PretrainedModel
 from .reversible import ReversibleStack
 
 __all__ = ["Reformer", "ReformerConfig", "ReformerLM"]
-
-LAYER_KINDS = ("local", "lsh", "full")
-POSITION_KINDS = ("rotary", "axial", "absolute", "none")
-STREAM_KINDS = ("mean", "concat")
-
-
-@dataclass(frozen=True)
-class ReformerConfig:
-    """Everything that defines a :class:`Reformer`.
-
-    Attributes:
-        vocab_size: number of different tokens.
-        dim: width of the model.
-        layers: the attention of each layer, "local", "lsh" or "full".
-        heads: attention heads H.
-        head_dim: width D of a head, at most 256, on CUDA a multiple of 8; None: ``dim / heads``.
-        heads_at_once: heads of an attention layer that are computed together where gradients are
-            recorded, a divisor of heads; 0: all. The layer adds up what so many at a time give: the
-            fewer, the less memory its backward pass takes in a reversible model, and the more
-            launches. Dropout then masks each such share on its own. Not in decoders of a
-            :class:`ReformerEncoderDecoder`.
-        ff_hidden: width of the feed-forward layers; None: ``4 * dim``.
-        ff_chunk_size: positions at a time in a feed-forward layer; 0: all, as always where
-            ``torch.export`` makes the length dynamic. ``torch.compile`` compiles anew for each
-            number of chunks. Where there are several, attention layers do not keep their
-            normalised input, but normalise again in the backward pass.
-        ff_activation: "gelu", "relu" or "silu".
-        ff_glu: gated feed-forward layers.
-        n_hashes: hash rounds R of LSH layers.
-        chunk_size: positions in a chunk of LSH layers.
-        n_buckets: of LSH layers, an even number or even factors of it; None: about
-            ``2 * length / chunk_size``, by the length of each call. To be set for ``torch.export``
-            with a dynamic length.
-        look_back, look_ahead: chunks before and after its own that a query of an LSH layer attends
-            to; look_ahead None: 0 if causal, else 1.
-        local_chunk_size, local_look_back, local_look_ahead: the same for local layers.
-        local_wrap: the first and the last chunk of local layers are neighbours (as in
-            transformers).
-        causal: positions see themselves and earlier ones only.
-        same_bucket: LSH attention only within the same bucket (the paper; its code: no).
-        correct_duplicates: a pair in several rounds counts once (the paper; its code: no).
-        shared_qk_scale: of the logits of LSH layers and shared-QK full layers, query times
-            unit-length key. 1.0 as in trax and transformers, since unit-length keys already lack
-            the factor sqrt(D) that ``D ** -0.5`` makes up for; None: ``D ** -0.5``, the paper's
-            formula.
-        full_shared_qk: full layers share queries and keys, so that they are the exact limit of LSH
-            layers.
-        attention_out_bias: of the output projections of attention layers.
-        attention_dropout: of attention weights.
-        local_attention_dropout: of those of local layers; None: attention_dropout.
-        ff_dropout: of the hidden activations of feed-forward layers.
-        dropout: of the embeddings and of what attention and feed-forward layers add.
-        output_dropout: of the final hidden states.
-        positions: "rotary", "axial", "absolute" or "none".
-        rotary_base: longest wavelength of rotary positions over 2 pi.
-        rotary_before_hash: LSH layers hash with the rotary positions; else content alone.
-        axial_shape: grid of axial positions; None: the smallest square that holds max_length.
-        axial_dims: width per axis, summing to dim; None: as even as possible.
-        axial_sum: the vectors of the axes are dim wide and added up (as in reformer-pytorch).
-        max_length: most positions, with axial or absolute positions.
-        length_multiple: inputs are padded to a multiple of it inside, with masked positions.
-            Changes what the first chunk of a wrapped line looks back to, no more; transformers pads
-            to common multiples of its chunk lengths.
-        streams: how the two residual streams end: "mean" averages them, "concat" joins them, for
-            hidden states of twice the width (as in trax and transformers).
-        reversible: recompute activations in the backward pass instead of storing them.
-        tie_embeddings: the language model's output matrix is its token embedding; for large
-            vocabularies (with a small one and a wide model it starts out repeating its input).
-        head_bias: of the language model's output.
-        loss_chunk_size: positions at a time in the loss; 0: all.
-        hash_seed: of the hashes, in evaluation and with the step number in training.
-        norm_eps: of layer normalisation.
-        initializer_range: standard deviation of initial weights; what feeds the residual streams is
-            scaled down by ``sqrt(2 * number of layers)``.
-
-    Raises:
-        ValueError: naming the field, what was expected and what came.
-    """
-
-    vocab_size: int = 256
-    dim: int = 512
-    layers: tuple[str, ...] = ("local", "lsh", "local", "lsh", "local", "lsh")
-    heads: int = 8
-    head_dim: int | None = None
-    heads_at_once: int = 0
-    ff_hidden: int | None = None
-    ff_chunk_size: int = 0
-    ff_activation: str = "gelu"
-    ff_glu: bool = False
-    n_hashes: int = 8
-    chunk_size: int = 64
-    n_buckets: int | tuple[int, ...] | None = None
-    look_back: int = 1
-    look_ahead: int | None = None
-    local_chunk_size: int = 64
-    local_look_back: int = 1
-    local_look_ahead: int | None = None
-    local_wrap: bool = False
-    causal: bool = True
-    same_bucket: bool = False
-    correct_duplicates: bool = False
-    shared_qk_scale: float | None = 1.0
-    full_shared_qk: bool = False
-    attention_out_bias: bool = False
-    attention_dropout: float = 0.0
-    local_attention_dropout: float | None = None
-    ff_dropout: float = 0.0
-    dropout: float = 0.0
-    output_dropout: float = 0.0
-    positions: str = "rotary"
-    rotary_base: float = 10000.0
-    rotary_before_hash: bool = False
-    axial_shape: tuple[int, ...] | None = None
-    axial_dims: tuple[int, ...] | None = None
-    axial_sum: bool = False
-    max_length: int = 65536
-    length_multiple: int = 1
-    streams: str = "mean"
-    reversible: bool = True
-    tie_embeddings: bool = False
-    head_bias: bool = False
-    loss_chunk_size: int = 4096
-    hash_seed: int = 0
-    norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "n_buckets", "axial_shape", "axial_dims"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
-
-        def check(name: str, condition: bool, expected: str) -> None:
-            if not condition:
-                raise ValueError(
-                    f"ReformerConfig.{name}: expected {expected}, got {getattr(self, name)!r}"
-                )
-
-        for name in (
-            "vocab_size",
-            "dim",
-            "heads",
-            "n_hashes",
-            "chunk_size",
-            "local_chunk_size",
-            "max_length",
-            "length_multiple",
-        ):
-            check(name, _is_int(getattr(self, name), 1), "an integer >= 1")
-        for name in (
-            "heads_at_once",
-            "ff_chunk_size",
-            "look_back",
-            "local_look_back",
-            "loss_chunk_size",
-            "hash_seed",
-        ):
-            check(name, _is_int(getattr(self, name), 0), "an integer >= 0")
-        for name in ("look_ahead", "local_look_ahead"):
-            value = getattr(self, name)
-            check(name, value is None or _is_int(value, 0), "None or an integer >= 0")
-        for name in ("head_dim", "ff_hidden"):
-            value = getattr(self, name)
-            check(name, value is None or _is_int(value, 1), "None or an integer >= 1")
-        for name in ("attention_dropout", "ff_dropout", "dropout", "output_dropout"):
-            value = getattr(self, name)
-            check(name, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
-        local = self.local_attention_dropout
-        check(
-            "local_attention_dropout",
-            local is None or (_is_number(local) and 0 <= local < 1),
-            "None or a number in [0, 1)",
-        )
-        for name in ("rotary_base", "norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            check(name, _is_number(value) and value > 0, "a number > 0")
-        for name in (
-            "ff_glu",
-            "causal",
-            "same_bucket",
-            "correct_duplicates",
-            "local_wrap",
-            "full_shared_qk",
-            "attention_out_bias",
-            "rotary_before_hash",
-            "axial_sum",
-            "reversible",
-            "tie_embeddings",
-            "head_bias",
-        ):
-            check(name, isinstance(getattr(self, name), bool), "True or False")
-        scale = self.shared_qk_scale
-        check("shared_qk_scale", scale is None or _is_number(scale), "None or a number")
-        check(
-            "layers",
-            isinstance(self.layers, tuple)
-            and len(self.layers) > 0
-            and all(kind in LAYER_KINDS for kind in self.layers),
-            f"one or more of {LAYER_KINDS}",
-        )
-        check("ff_activation", self.ff_activation in ACTIVATIONS, f"one of {sorted(ACTIVATIONS)}")
-        check("positions", self.positions in POSITION_KINDS, f"one of {POSITION_KINDS}")
-        check("streams", self.streams in STREAM_KINDS, f"one of {STREAM_KINDS}")
-        if self.streams == "concat":
-            check("tie_embeddings", not self.tie_embeddings, "False with streams 'concat'")
-        if self.tie_embeddings:
-            check("head_bias", not self.head_bias, "False with tie_embeddings")
-        check(
-            "heads_at_once",
-            self.heads_at_once == 0 or self.heads % self.heads_at_once == 0,
-            f"0 or a divisor of heads = {self.heads}",
-        )
-        if self.head_dim is None:
-            check("heads", self.dim % self.heads == 0, f"a divisor of dim = {self.dim}")
-        width = self.head_width
-        check("head_dim", width <= 256, f"at most 256 (it is {width})")
-        if self.positions == "rotary":
-            check(
-                "head_dim", width % 2 == 0, f"an even number with rotary positions (it is {width})"
-            )
-        factors = (self.n_buckets,) if isinstance(self.n_buckets, int) else self.n_buckets
-        if factors is not None:
-            check(
-                "n_buckets",
-                isinstance(factors, tuple)
-                and len(factors) > 0
-                and all(_is_int(n, 2) and n % 2 == 0 for n in factors),
-                "None, an even number >= 2 or a tuple of such",
-            )
-        if self.axial_shape is not None:
-            check(
-                "axial_shape",
-                isinstance(self.axial_shape, tuple)
-                and all(_is_int(n, 1) for n in self.axial_shape)
-                and math.prod(self.axial_shape) >= self.max_length,
-                f"sizes whose product is at least max_length = {self.max_length}",
-            )
-
-        if self.axial_dims is not None:
-            check("axial_sum", not self.axial_sum, "False with axial_dims")
-            check(
-                "axial_dims",
-                isinstance(self.axial_dims, tuple)
-                and all(_is_int(n, 1) for n in self.axial_dims)
-                and sum(self.axial_dims) == self.dim,
-                f"widths that sum to dim = {self.dim}",
-            )
-
-    @property
-    def output_width(self) -> int:
-        """The width of the hidden states: dim, or twice that with concatenated streams."""
-        return 2 * self.dim if self.streams == "concat" else self.dim
-
-    @property
-    def head_width(self) -> int:
-        """The width D of a head."""
-        return self.dim // self.heads if self.head_dim is None else self.head_dim
-
-
-class _AttentionBlock(nn.Module):
-    """F of a reversible layer: ``dropout(attention(norm(x)))``."""
-
-    def __init__(self, config: ReformerConfig, attention: nn.Module) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.attention = attention
-        takes_norm = isinstance(
-            attention, (FullSelfAttention, LocalSelfAttention, LSHSelfAttention)
-        )
-        self.chunk_size = config.ff_chunk_size if takes_norm else 0
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        if self._norms_again(x):
-            kwargs["norm"] = self.norm
-        else:
-            x = self.norm(x)
-            if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
-                # As the projection would, but without keeping the float32 beside it.
-                x = x.to(torch.get_autocast_dtype(x.device.type))
-        result = self.attention(x, **kwargs)
-        if isinstance(result, Tensor):
-            return self.dropout(result)
-        # The recomputed input differs by rounding: without the buckets it could hash differently.
-        y, buckets = result
-        return self.dropout(y), {"buckets": buckets}
-
-    def _norms_again(self, x: Tensor) -> bool:
-        """In the backward, to save memory, where a feed-forward layer takes chunks for it."""
-        if self.chunk_size == 0 or not torch.is_grad_enabled() or exports_any(x.shape[1]):
-            return False
-        return x.shape[1] > self.chunk_size
-
-
-class _FeedForwardBlock(nn.Module):
-    """G of a reversible layer: ``dropout(feed_forward(norm(x)))``, by chunks of positions."""
-
-    def __init__(self, config: ReformerConfig) -> None:
-        super().__init__()
-        self.positionwise_chunk_size = config.ff_chunk_size
-        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.feed_forward = ChunkedFeedForward(
-            config.dim,
-            config.ff_hidden,
-            activation=config.ff_activation,
-            dropout=config.ff_dropout,
-            glu=config.ff_glu,
-        )
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        drops = self.training and (self.dropout.p > 0.0 or self.feed_forward.dropout.p > 0.0)
-        return map_positions(self._chunk, x, self.positionwise_chunk_size, preserve_rng_state=drops)
-
-    def _chunk(self, x: Tensor) -> Tensor:
-        return self.dropout(self.feed_forward(self.norm(x)))
 
 
 class Reformer(nn.Module):
@@ -374,18 +60,25 @@ class Reformer(nn.Module):
         elif config.positions == "rotary":
             self.rotary = RotaryPositions(config.head_width, config.rotary_base)
         self.dropout = nn.Dropout(config.dropout)
-        draws = (
-            config.dropout > 0.0
-            or config.ff_dropout > 0.0
-            or (config.attention_dropout > 0.0 and "full" in config.layers)
-        )
+        attentions: list[SelfAttention] = [
+            ATTENTIONS[layer.attention].from_config(
+                config, dict(layer.options), index, f"ReformerConfig.layers[{index}]"
+            )
+            for index, layer in enumerate(config.each_layer())
+        ]
         self.layers = ReversibleStack(
             (
-                (_AttentionBlock(config, _attention(config, index)), _FeedForwardBlock(config))
-                for index in range(len(config.layers))
+                (
+                    AttentionBlock(config, attention),
+                    FeedForwardBlock(config) if layer.feed_forward else None,
+                )
+                for attention, layer in zip(attentions, config.each_layer(), strict=True)
             ),
+            schedule=None if config.repeat == 1 else config.schedule,
             reversible=config.reversible,
-            preserve_rng_state=draws,
+            preserve_rng_state=config.dropout > 0.0
+            or config.ff_dropout > 0.0
+            or any(attention.draws for attention in attentions),
         )
         self.norm = nn.LayerNorm(config.output_width, eps=config.norm_eps)
         self.output_dropout = nn.Dropout(config.output_dropout)
@@ -399,7 +92,7 @@ class Reformer(nn.Module):
                 nn.init.normal_(module.weight, std=std)
             elif isinstance(module, nn.Linear):
                 residual = name.endswith("out_proj")
-                depth_scale = (2 * len(self.config.layers)) ** -0.5 if residual else 1.0
+                depth_scale = (2 * len(self.config.schedule)) ** -0.5 if residual else 1.0
                 nn.init.normal_(module.weight, std=std * depth_scale)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -453,22 +146,7 @@ class Reformer(nn.Module):
         length = x.shape[1]
         x, key_padding_mask = self._pad(x, key_padding_mask)
         f_kwargs = self._layer_kwargs(x, key_padding_mask, n_hashes, lengths)
-        return self._unpad(self._run(x, self._by_heads(f_kwargs)), length)
-
-    def _by_heads(self, f_kwargs: list[dict[str, Any]]) -> Sequence[Any]:
-        """For each attention layer, in place of one call of it those for ``heads_at_once``."""
-        heads, size = self.config.heads, self.config.heads_at_once or self.config.heads
-        if size == heads or not torch.is_grad_enabled():
-            return f_kwargs
-
-        def parts(kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-            for index, first in enumerate(range(0, heads, size)):
-                part = {**kwargs, "heads": (first, first + size)}
-                if "dropout_seed" in kwargs:  # far from those of other layers and packed batches
-                    part["dropout_seed"] = kwargs["dropout_seed"] + (index << 50)
-                yield part
-
-        return [list(parts(kwargs)) for kwargs in f_kwargs]
+        return self._unpad(self._run(x, by_heads(self.config, f_kwargs)), length)
 
     def _run(
         self,
@@ -496,10 +174,10 @@ class Reformer(nn.Module):
             batch: sequences B.
             capacity: most positions, of prompt and continuation together.
             n_hashes: hash rounds; default ``config.n_hashes``.
-            n_buckets: an even number or even factors; default the config's, else
+            n_buckets: an even number or even factors; default the layer's, else
                 :func:`reformer_ext.default_n_buckets` of the capacity.
-            window: positions that a bucket remembers; default ``config.chunk_size``, twice the mean
-                bucket of a full cache.
+            window: positions that a bucket remembers; default the layer's chunk size, twice the
+                mean bucket of a full cache.
             dtype: of keys and values; default autocast's where that is on, else the parameters'.
 
         Raises:
@@ -509,50 +187,44 @@ class Reformer(nn.Module):
         config = self.config
         if not config.causal:
             raise ValueError(f"{name}: expected a causal model, got causal=False")
-        sizes = {
-            "batch": batch,
-            "capacity": capacity,
-            "n_hashes": config.n_hashes if n_hashes is None else n_hashes,
-            "window": config.chunk_size if window is None else window,
-        }
-        for argument, value in sizes.items():
-            if not _is_int(value, 1):
-                raise ValueError(f"{name}: expected {argument} to be an integer >= 1, got {value}")
+        weight = self.embedding.weight
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(weight.device.type)
+            dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        factors = (n_buckets,) if isinstance(n_buckets, int) else n_buckets
+        if factors is not None:
+            factors = tuple(factors)
+        sizes = CacheSizes(batch, capacity, dtype, weight.device, n_hashes, factors, window)
+        sizes.check(name)
         if config.positions in ("axial", "absolute") and capacity > config.max_length:
             raise ValueError(
                 f"{name}: expected capacity up to max_length = {config.max_length} "
                 f"with {config.positions} positions, got {capacity}"
             )
-        if n_buckets is None:
-            n_buckets = config.n_buckets or default_n_buckets(capacity, config.chunk_size)
-        factors = [n_buckets] if isinstance(n_buckets, int) else list(n_buckets)
-        if not factors or not all(_is_int(n, 2) and n % 2 == 0 for n in factors):
-            raise ValueError(
-                f"{name}: expected n_buckets to be an even number >= 2 or such factors, "
-                f"got {n_buckets}"
-            )
-        weight = self.embedding.weight
-        if dtype is None:
-            autocast = torch.is_autocast_enabled(weight.device.type)
-            dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        elif not dtype.is_floating_point:
-            raise ValueError(f"{name}: expected a floating dtype, got {dtype}")
         with torch.inference_mode(False):  # whose tensors nothing else may change in place
-            rotations = [
-                layer.rotations(factors, n_hashes, device=weight.device, dtype=dtype)
-                for layer in self.layers.modules()
-                if isinstance(layer, LSHSelfAttention)
+            layers = [
+                attention.new_cache(dataclasses.replace(sizes, repetition=repetition))
+                for attention, repetition in self.attention_calls()
             ]
-            return DecodingCache(
-                config,
-                batch,
-                capacity,
-                rotations=rotations,
-                n_buckets=factors,
-                window=sizes["window"],
-                dtype=dtype,
-                device=weight.device,
-            )
+            return DecodingCache(config, sizes, layers)
+
+    def attention_calls(self) -> Iterator[tuple[SelfAttention, int]]:
+        """The attention layer of each call, and how many calls after its first it is."""
+        first: dict[int, int] = {}
+        for call, layer in enumerate(self.config.schedule):
+            attention: SelfAttention = self.layers.blocks[layer].f.self_attention  # type: ignore
+            yield attention, call - first.setdefault(layer, call)
+
+    def penalty(self) -> Tensor:
+        """What the layers add to the loss since the last forward pass: a scalar, 0 where none
+        does. ``loss`` of the models does not include it."""
+        total = self.embedding.weight.new_zeros(())
+        for module in self.layers.modules():
+            if isinstance(module, SelfAttention):
+                penalty = module.penalty()
+                if penalty is not None:
+                    total = total + penalty
+        return total
 
     def _forward_cached(
         self,
@@ -574,7 +246,7 @@ class Reformer(nn.Module):
             rotary = None if self.rotary is None else self.rotary.at(positions[:, None])
             x = self._embed(tokens, at=positions)
             steps = [{"rotary": rotary, **step} for step in cache.steps(length)]
-            hidden = self._run(x, _with_cross(steps, cross_caches))
+            hidden = self._run(x, with_cross(steps, cross_caches))
             cache.extend(length, length)
             return hidden
 
@@ -592,7 +264,7 @@ class Reformer(nn.Module):
         rotary = None if self.rotary is None else self.rotary(x.shape[1], x.device)
         common = {"rotary": rotary, "key_padding_mask": key_padding_mask}
         prompts = [{**common, "cache": layer} for layer in cache.layers]
-        hidden = self._unpad(self._run(x, _with_cross(prompts, cross_caches)), length)
+        hidden = self._unpad(self._run(x, with_cross(prompts, cross_caches)), length)
         cache.extend(lengths, length)
         return hidden if order is None else _take(hidden, order.argsort(dim=1))
 
@@ -627,7 +299,7 @@ class Reformer(nn.Module):
         if tokens.shape[1] < 1:
             raise ValueError(f"Reformer: expected at least one position, got {list(tokens.shape)}")
         check_padding("Reformer: expected key_padding_mask", key_padding_mask, tokens)
-        if n_hashes is not None and not _is_int(n_hashes, 1):
+        if n_hashes is not None and not is_int(n_hashes, 1):
             raise ValueError(
                 f"Reformer: expected n_hashes to be None or an integer >= 1, got {n_hashes}"
             )
@@ -701,17 +373,20 @@ class Reformer(nn.Module):
         if self.training:
             self.hash_step.add_(1)
             step = self.hash_step.clone()  # the buffer moves on before this pass's backward
-            if self.config.attention_dropout > 0.0 or self.config.local_attention_dropout:
+            if any(attention.dropout > 0.0 for attention, _ in self.attention_calls()):
                 seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-        result = []
-        for index, kind in enumerate(self.config.layers):
-            kwargs = dict(common)
-            if kind != "full" and seed is not None:
-                kwargs["dropout_seed"] = seed + index
-            if kind == "lsh":
-                kwargs.update(n_hashes=n_hashes, hash_step=step, return_buckets=True)
-            result.append(kwargs)
-        return result
+        return [
+            attention.call_kwargs(
+                AttentionCall(
+                    common,
+                    repetition,
+                    n_hashes,
+                    step,
+                    None if seed is None else seed + index,
+                )
+            )
+            for index, (attention, repetition) in enumerate(self.attention_calls())
+        ]
 
 
 class ReformerLM(PretrainedModel):
@@ -814,74 +489,6 @@ def lm_head(config: ReformerConfig) -> nn.Linear | None:
     return head
 
 
-def _with_cross(
-    kwargs: list[dict[str, Any]], cross_caches: Sequence[nn.Module]
-) -> list[dict[str, Any]]:
-    """What each attention layer gets beside x, in an encoder-decoder for both attentions."""
-    if not cross_caches:
-        return kwargs
-    return [
-        {"self_kwargs": of_self, "cross_kwargs": {"cache": cross}}
-        for of_self, cross in zip(kwargs, cross_caches, strict=True)
-    ]
-
-
 def _take(x: Tensor, order: Tensor) -> Tensor:
     """Positions of ``x (B, L)`` or ``(B, L, dim)`` in ``order (B, L)``."""
     return x.gather(1, order if x.dim() == 2 else order[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _attention(config: ReformerConfig, index: int) -> nn.Module:
-    kind = config.layers[index]
-    if kind == "lsh":
-        return LSHSelfAttention(
-            config.dim,
-            config.heads,
-            head_dim=config.head_dim,
-            n_hashes=config.n_hashes,
-            chunk_size=config.chunk_size,
-            n_buckets=config.n_buckets,
-            causal=config.causal,
-            look_back=config.look_back,
-            look_ahead=config.look_ahead,
-            same_bucket=config.same_bucket,
-            correct_duplicates=config.correct_duplicates,
-            scale=config.shared_qk_scale,
-            dropout=config.attention_dropout,
-            out_bias=config.attention_out_bias,
-            hash_seed=config.hash_seed + index,
-            rotary_before_hash=config.rotary_before_hash,
-        )
-    if kind == "local":
-        return LocalSelfAttention(
-            config.dim,
-            config.heads,
-            head_dim=config.head_dim,
-            chunk_size=config.local_chunk_size,
-            causal=config.causal,
-            look_back=config.local_look_back,
-            look_ahead=config.local_look_ahead,
-            wrap=config.local_wrap,
-            dropout=config.attention_dropout
-            if config.local_attention_dropout is None
-            else config.local_attention_dropout,
-            out_bias=config.attention_out_bias,
-        )
-    return FullSelfAttention(
-        config.dim,
-        config.heads,
-        head_dim=config.head_dim,
-        causal=config.causal,
-        shared_qk=config.full_shared_qk,
-        scale=config.shared_qk_scale if config.full_shared_qk else None,
-        dropout=config.attention_dropout,
-        out_bias=config.attention_out_bias,
-    )
