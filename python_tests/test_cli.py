@@ -28,7 +28,7 @@ from reformer_ext.checkpoint import load_checkpoint, save_checkpoint
 from reformer_ext.cli import main
 from reformer_ext.generate import Sampling, sample
 from reformer_ext.nn import ReformerLM
-from reformer_ext.runs import TrainError, locked
+from reformer_ext.runs import TrainError, locked, restore
 from reformer_ext.terminal import Output, readable
 
 TRAINED = GOLDEN / "trained" / "checkpoint.pt"  # at step 4 of 8
@@ -129,23 +129,38 @@ def test_weights_that_are_not_finite_are_not_saved(
 ) -> None:
     out = tmp_path / "run"
     real_step = train_module._step
+    broken = [math.nan]
 
     def step(state: Any, device: torch.device) -> float:
         loss = real_step(state, device)
         if state.step == 3:
-            next(state.model.parameters()).data.fill_(math.nan)
+            next(state.model.parameters()).data.fill_(broken[0])
         return loss
 
     monkeypatch.setattr(train_module, "_step", step)
     options = ["train", files, "--out", out, "--steps=6", "--checkpoint-every=2", *TINY]
-    assert run(*options, "--eval-every=100") == 1
-    assert "the weights are not finite after step 4; " in capsys.readouterr().err
-    assert load_checkpoint(out / "checkpoint.pt")["step"] == 2
-    assert run(*options, "--overwrite") == 1  # the evaluation sees it first
-    assert "the held-out loss is nan at step 4; the checkpoint of step 2" in capsys.readouterr().err
+    for broken[0] in (math.nan, 1e38):  # the last is finite, but of no use
+        for others in (["--eval-every=100"], ["--eval-every=1"]):
+            assert run(*options, *others, "--overwrite") == 1
+            message = "the held-out loss is nan at step 4; the checkpoint of step 2 is kept"
+            assert message in capsys.readouterr().err
+            assert load_checkpoint(out / "checkpoint.pt")["step"] == 2
     monkeypatch.undo()
     assert run("train", "--out", out, "--resume", "--device=cpu") == 0
     assert load_checkpoint(out / "checkpoint.pt")["step"] == 6
+
+
+def test_no_run_saves_weights_that_are_not_finite(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(TRAINED, out)
+    state = restore(out / "checkpoint.pt", [files], {}, torch.device("cpu"))
+    list(state.model.parameters())[-1].data[0] = math.inf
+    with pytest.raises(
+        TrainError, match=r"the weights are not finite after step 4; .* keeps those"
+    ):
+        state.save(out / "checkpoint.pt")
+    assert (out / "checkpoint.pt").read_bytes() == TRAINED.read_bytes()
 
 
 def test_a_diverged_model_generates_nothing(

@@ -121,7 +121,8 @@ def _explain(error: Exception) -> str:
     kind = type(error).__name__
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         kind = "out of memory"
-    return f"{kind}: {text} (REFORMER_DEBUG=1 shows where)"
+    short = text if len(text) < 300 else f"{text[:300]} ..."
+    return f"{kind}: {short} (REFORMER_DEBUG=1 shows where)"
 
 
 def _discard_output() -> None:

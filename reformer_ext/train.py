@@ -38,6 +38,7 @@ __all__ = ["Recipe", "TrainError", "default_recipe", "evaluate", "train", "yards
 EXIT_INTERRUPTED = 130
 _PROMPT_BYTES = 64
 _SAMPLE_BYTES = 400
+_PROBE_BYTES = 1024  # held-out bytes that a model predicts before it is saved
 _QUICK_EVALUATION = 1 << 16  # held-out bytes evaluated during training; all of them at the end
 
 
@@ -139,13 +140,21 @@ def _go_on(run: Run, out: Path, device: torch.device, checkpoint_every: int) -> 
             except OSError:  # the reader is gone, or the terminal
                 interrupted.came = True
             if run.step % checkpoint_every == 0:
-                run.save(checkpoint)
+                _save(run, checkpoint, last_saved)
                 last_saved = run.step
         if run.step != last_saved:
-            run.save(checkpoint)
+            _save(run, checkpoint, last_saved)
         with contextlib.suppress(OSError):
             progress.close()
     return run.step == recipe.steps
+
+
+def _save(run: Run, checkpoint: Path, last_saved: int) -> None:
+    """Unless the model has diverged, with weights that may be finite still."""
+    some = run.corpus.held_out[: _PROBE_BYTES + 1]
+    bits = evaluate(run.model, some, min(run.recipe.context, _PROBE_BYTES), 1)
+    _check_finite("held-out loss", bits, run.step, last_saved)
+    run.save(checkpoint)
 
 
 def _check_finite(name: str, value: float, step: int, last_saved: int) -> None:
