@@ -164,28 +164,31 @@ def needle(sizes: Sizes, generator: torch.Generator) -> Sample:
 
 def tracking(sizes: Sizes, generator: torch.Generator) -> Sample:
     """Variable tracking (RULER, arXiv 2404.06654, section 3.2: chains of assignments, scattered in
-    order among others and noise). ``LET x1 v``, ``LET x2 x1`` ... ``LET x4 x3`` in the first three
-    eighths; in the second half ``ASK x`` for every variable, in random order, whose value is to be
-    predicted and does not follow. RULER asks for the names that have a value; here one answer takes
-    all hops at once, 1 to 4 of them, which are the groups."""
+    order among others and noise). ``LET x1 v``, ``LET x2 x1`` ... in the first three eighths,
+    chains of 1 to 4 assignments by turns; in the second half ``ASK x`` for every variable, in
+    random order, whose value is to be predicted and does not follow. RULER asks for the names that
+    have a value; here one answer takes all hops at once, whose number, 1 to 4, is the group."""
     draw = Draw(sizes, generator)
     length = sizes.length
-    chains = max(1, min(length // 128, sizes.alphabet // (2 * HOPS)))
-    names = draw.keys(chains * HOPS)
+    chains = max(HOPS, min(length // 64, sizes.alphabet // (2 * HOPS)))
+    names = draw.keys(chains * HOPS).view(-1, chains, HOPS)
     values = draw.values(chains)
-    by_chain = names.view(-1, chains, HOPS)
-    sources = torch.cat([values[..., None], by_chain[..., :-1]], dim=2).flatten(1)
-    tokens, targets = draw.filler(), draw.blank_answers()
+    sources = torch.cat([values[..., None], names[..., :-1]], dim=2)
+    answers = values[..., None].expand_as(names)
     places = draw.slots(chains * HOPS, 3, 0, int(PAIRS_END * length))
-    places = places.view(-1, chains, HOPS).sort(2).values.flatten(1)
+    places = places.view(-1, chains, HOPS).sort(2).values
+    hops = torch.arange(HOPS, device=draw.device).expand(chains, -1)
+    there = hops <= torch.arange(chains, device=draw.device)[:, None] % HOPS
+    names, sources, answers, places = (x[:, there] for x in (names, sources, answers, places))
+    tokens, targets = draw.filler(), draw.blank_answers()
     tokens.scatter_(1, places, LET).scatter_(1, places + 1, names)
     tokens.scatter_(1, places + 2, sources)
-    asked = draw.slots(chains * HOPS, 3, length // 2, length)
+    asked = draw.slots(names.shape[1], 3, length // 2, length)
     tokens.scatter_(1, asked, ASK).scatter_(1, asked + 1, names)
     tokens.scatter_(1, asked + 2, BLANK)
-    targets.scatter_(1, asked + 1, values.repeat_interleave(HOPS, dim=1))
-    hops = torch.arange(HOPS, device=draw.device).repeat(chains).expand(sizes.batch, -1)
-    return Sample(tokens, targets, torch.zeros_like(targets).scatter_(1, asked + 1, hops))
+    targets.scatter_(1, asked + 1, answers)
+    groups = hops[there].expand(sizes.batch, -1)
+    return Sample(tokens, targets, torch.zeros_like(targets).scatter_(1, asked + 1, groups))
 
 
 def copying(sizes: Sizes, generator: torch.Generator) -> Sample:
