@@ -328,7 +328,9 @@ class ChangedFull(_Changed, FullSelfAttention):
             qk = apply_rotary(qk, rotary)
         w = ops.next_values(v, self.value_mix) if self.changes.next_values else v
         k = F.normalize(qk, dim=-1)
-        rest = exact(qk[:, :, 1:], k[:, :, :-1], w[:, :, :-1], self.scale)
+        # Query i in row i - 1; the last row, in place of none, is dropped: even lengths are fast.
+        rows = torch.cat([qk[:, :, 1:], qk[:, :, :1]], dim=2)
+        rest = exact(rows, k, w, self.scale)[:, :, :-1]
         return self.joined(torch.cat([v[:, :, :1], rest], dim=2))
 
 
@@ -378,9 +380,7 @@ def before(x: Tensor, positions: int = 1) -> Tensor:
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Causal attention ``(B, H, L, D)``; empty for no positions."""
-    if q.shape[2] == 0:
-        return v[:, :, :0]
+    """Causal attention ``(B, H, L, D)``."""
     with sdpa_kernel(EXACT_BACKENDS, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
