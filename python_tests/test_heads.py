@@ -283,8 +283,13 @@ def test_errors() -> None:
         ReformerForSequenceClassification(small_config(), 0)
     with pytest.raises(ValueError, match=r"expected pooling in \('mean', 'first'\), got 'last'"):
         ReformerForSequenceClassification(small_config(), 3, pooling="last")
-    with pytest.raises(ValueError, match="expected hidden to be None or >= 1, got 0"):
-        ReformerForSequenceClassification(small_config(), 3, hidden=0)
+    for hidden in (0, 2.5):
+        with pytest.raises(ValueError, match=f"expected hidden to be None or >= 1, got {hidden}"):
+            ReformerForSequenceClassification(small_config(), 3, hidden=hidden)
+    with pytest.raises(
+        ValueError, match=r"TokenClassification: expected num_labels >= 1, got 3\.0"
+    ):
+        ReformerForTokenClassification(small_config(), 3.0)
     tokens = torch.zeros(3, 19, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"Classification: expected labels \[3\], got \[3, 1\]"):
         models()[1].loss(tokens, tokens[:, :1])

@@ -36,7 +36,6 @@ from .nn import (
     LSHSelfAttention,
     Reformer,
     ReformerLM,
-    apply_rotary,
 )
 from .nn.encoder_decoder import DecoderAttentionBlock
 from .reference import NORM_EPS
@@ -498,9 +497,7 @@ def _inspect_lsh(
     buckets: Tensor,
     options: dict[str, Any],
 ) -> LSHLayerReport:
-    qk, _ = module._project_in(x)
-    if kwargs.get("rotary") is not None:
-        qk = apply_rotary(qk, kwargs["rotary"])
+    qk, _ = module.turn(module.project_in(x), kwargs.get("rotary"))
     n_buckets = math.prod(module.n_buckets or ops.default_n_buckets(x.shape[1], module.chunk_size))
     buckets = buckets.to(torch.int32)
     order = ops.bucket_sort(buckets, n_buckets + 1)
@@ -528,9 +525,7 @@ def _inspect_local(
     kwargs: dict[str, Any],
     options: dict[str, Any],
 ) -> LayerReport:
-    q, k, _ = module._project_in(x)
-    if kwargs.get("rotary") is not None:
-        q, k = apply_rotary(q, kwargs["rotary"]), apply_rotary(k, kwargs["rotary"])
+    q, k, _ = module.turn(module.project_in(x), kwargs.get("rotary"))
     mass = captured_mass(
         q,
         k=k,

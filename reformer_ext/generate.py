@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .checkpoint import load_model
 from .nn import DecodingCache, ReformerEncoderDecoder, ReformerLM
-from .ops import default_n_buckets
 
 __all__ = [
     "Sampling",
@@ -220,14 +219,13 @@ def _continue(
     limit = config.max_length
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     contexts = [list(prompt[-limit:]) or [0] for prompt in prompts]
-    # No more room than will be used; the buckets are those of the full context nevertheless, so
+    # No more room than will be used; the hash is that of the full context nevertheless, so
     # that the text does not depend on the length.
     capacity = min(limit, max(map(len, contexts)) + length)
-    n_buckets = config.n_buckets or default_n_buckets(limit, config.chunk_size)
     written = [bytearray() for _ in prompts]
     running = [True] * len(prompts)
     with torch.inference_mode(), autocast(device):
-        cache = model.new_cache(len(prompts), capacity, n_buckets=n_buckets)
+        cache = model.new_cache(len(prompts), capacity, hash_length=limit)
     held = 0  # positions in the cache, which does not count the steps of a compiled model
     for _ in range(length):
         with torch.inference_mode(), autocast(device):

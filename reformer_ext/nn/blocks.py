@@ -13,7 +13,14 @@ from .attention import SelfAttention
 from .config import ReformerConfig
 from .feed_forward import ChunkedFeedForward, map_positions
 
-__all__ = ["AttentionBlock", "FeedForwardBlock", "by_heads", "with_cross"]
+__all__ = [
+    "AttentionBlock",
+    "FeedForwardBlock",
+    "autocast_dtype",
+    "by_heads",
+    "look_up",
+    "with_cross",
+]
 
 
 class AttentionBlock(nn.Module):
@@ -37,9 +44,10 @@ class AttentionBlock(nn.Module):
             kwargs["norm"] = self.norm
         else:
             x = self.norm(x)
-            if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            dtype = autocast_dtype(x.device)
+            if x.dtype == torch.float32 and dtype is not None:
                 # As the projection would, but without keeping the float32 beside it.
-                x = x.to(torch.get_autocast_dtype(x.device.type))
+                x = x.to(dtype)
         result = self.attention(x, **kwargs)
         if isinstance(result, Tensor):
             return self.dropout(result)
@@ -76,6 +84,31 @@ class FeedForwardBlock(nn.Module):
 
     def _chunk(self, x: Tensor) -> Tensor:
         return self.dropout(self.feed_forward(self.norm(x)))
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast makes of float32 there; None where it is off, or not known (meta)."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def look_up(embedding: nn.Embedding, tokens: Tensor) -> Tensor:
+    """Their vectors. Raises ValueError for a token beyond the vocabulary on the CPU, whose
+    embedding finds it; to find it on CUDA would take a synchronisation."""
+    if torch.compiler.is_compiling():
+        return embedding(tokens)
+    try:
+        return embedding(tokens)
+    except IndexError:
+        size = embedding.num_embeddings
+        wrong = tokens[(tokens < 0) | (tokens >= size)]
+        if wrong.numel() == 0:
+            raise
+        raise ValueError(
+            f"Reformer: expected tokens in 0 .. {size - 1} (vocab_size = {size}), "
+            f"got {int(wrong[0])}"
+        ) from None
 
 
 def by_heads(

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .config import ReformerConfig, is_int
+from .checks import is_int
+from .config import ReformerConfig
 
 __all__ = ["CacheSizes", "DecodingCache", "LayerCache", "reorder_rows"]
 
@@ -29,9 +30,10 @@ class CacheSizes:
         dtype: of keys and values.
         device: of all buffers.
         n_hashes: hash rounds; None: the layer's.
-        n_buckets: even factors; None: the layer's, else by the capacity.
+        n_buckets: even factors; None: the layer's, else by hash_length.
         window: positions that a bucket remembers; None: the layer's chunk size.
-        repetition: how far the call is from the layer's first: :class:`AttentionCall`.
+        hash_length: how long the sequences are that the hash is made for; None: as the capacity.
+        shift: of the call: see :class:`AttentionCall`.
     """
 
     batch: int
@@ -41,13 +43,14 @@ class CacheSizes:
     n_hashes: int | None = None
     n_buckets: tuple[int, ...] | None = None
     window: int | None = None
-    repetition: int = 0
+    hash_length: int | None = None
+    shift: int = 0
 
     def check(self, name: str) -> None:
         """Raises ValueError in the name of a function for a size that is none."""
-        for field in ("batch", "capacity", "n_hashes", "window"):
+        for field in ("batch", "capacity", "n_hashes", "window", "hash_length"):
             value = getattr(self, field)
-            optional = field in ("n_hashes", "window") and value is None
+            optional = field not in ("batch", "capacity") and value is None
             if not (optional or is_int(value, 1)):
                 raise ValueError(f"{name}: expected {field} to be an integer >= 1, got {value}")
         factors = self.n_buckets

@@ -8,10 +8,12 @@ from numbers import Integral, Real
 import torch
 
 __all__ = [
+    "check_bool",
     "check_dropout",
     "check_int",
     "check_number",
     "check_scale",
+    "check_window",
     "is_int",
     "is_number",
     "is_scale",
@@ -38,6 +40,19 @@ def check_number(name: str, argument: str, value: object, above: float) -> None:
     """Raises ValueError in the name of a class unless the argument is a finite number > above."""
     if not (is_number(value) and value > above):  # type: ignore[operator]
         raise ValueError(f"{name}: expected {argument} to be a number > {above}, got {value!r}")
+
+
+def check_bool(name: str, argument: str, value: object) -> None:
+    """Raises ValueError in the name of a class unless the argument is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected {argument} to be True or False, got {value!r}")
+
+
+def check_window(name: str, look_back: object, look_ahead: object) -> None:
+    """Raises ValueError in the name of a class for numbers of chunks that are none."""
+    check_int(name, "look_back", look_back, 0)
+    if look_ahead is not None:
+        check_int(name, "look_ahead", look_ahead, 0)
 
 
 def check_dropout(name: str, value: object, argument: str = "dropout") -> None:

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .checks import is_int, is_number, is_scale
 from .feed_forward import ACTIVATIONS
 
-__all__ = ["ATTENTIONS", "Layer", "ReformerConfig", "is_int", "is_number"]
+__all__ = ["ATTENTIONS", "Layer", "ReformerConfig"]
 
 # The kinds of attention by name, each a class derived from SelfAttention. The library's are entered
 # by reformer_ext.nn.attention, a user's by the user; what reads a configuration needs them all.
@@ -23,8 +24,9 @@ STREAM_KINDS = ("mean", "concat")
 class Layer:
     """One layer of a :class:`ReformerConfig`.
 
-    A plain string in ``ReformerConfig.layers`` means ``Layer(string)``. In JSON a layer is
-    ``{"attention": "lsh", "options": {"n_hashes": 4}}``, or with pairs, as they are saved.
+    A plain string in ``ReformerConfig.layers`` means ``Layer(string)``. From JSON a layer is
+    ``{"attention": "lsh", "n_hashes": 4}``, or with all options in one entry ``"options"``, a
+    mapping or pairs, as they are saved.
 
     Attributes:
         attention: a key of :data:`ATTENTIONS`.
@@ -59,12 +61,16 @@ class Layer:
         """A mapping from JSON as a Layer; anything else as it is."""
         if not isinstance(layer, Mapping):
             return layer
-        if not set(layer) <= {"attention", "options", "feed_forward"} or "attention" not in layer:
+        fields = {str(name): value for name, value in layer.items()}
+        own = {name: fields.pop(name) for name in ("feed_forward", "options") if name in fields}
+        if "attention" not in fields:
+            raise ValueError(f"Layer: expected attention, got {sorted(fields)} alone")
+        attention = fields.pop("attention")
+        if fields and "options" in own:
             raise ValueError(
-                "Layer: expected attention, options and feed_forward, "
-                f"got {sorted(map(str, layer))}"
+                f"Layer: expected options in one place, got options and {sorted(fields)}"
             )
-        return cls(**{str(name): value for name, value in layer.items()})
+        return cls(attention, **{"options": fields, **own})
 
 
 @dataclass(frozen=True)
@@ -262,7 +268,7 @@ class ReformerConfig:
         ):
             check(name, isinstance(getattr(self, name), bool), "True or False")
         scale = self.shared_qk_scale
-        check("shared_qk_scale", scale is None or is_number(scale), "None or a number")
+        check("shared_qk_scale", is_scale(scale), "None or a number")
         check(
             "layers",
             isinstance(self.layers, tuple)
@@ -367,11 +373,3 @@ def _kind(layer: str | Layer) -> str:
 
 def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
-def is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

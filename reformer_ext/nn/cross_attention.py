@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .attention import SelfAttention, check_padding, hash_rotations, narrow_buckets
+from .attention import LSHOptions, SelfAttention, check_padding, hash_rotations, narrow_buckets
+from .checks import check_int
 
 __all__ = ["CrossCache", "FullCrossAttention", "LSHCrossAttention"]
 
@@ -74,11 +75,12 @@ class _CrossAttention(SelfAttention):
             dim, heads, head_dim, 1, causal=False, scale=scale, dropout=dropout, bias=bias
         )
         context_dim = dim if context_dim is None else context_dim
+        check_int(type(self).__name__, "context_dim", context_dim)
         self.context_proj = nn.Linear(context_dim, 2 * heads * self.head_dim, bias=bias)
 
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q ``(B, H, L, D)`` and k, v ``(B, H, M, D)``."""
-        (q,) = self._project_in(x)
+        (q,) = self.project_in(x)
         return q, *self._project_context(x.shape[0], context)
 
     def _project_context(self, batch: int, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,16 +157,16 @@ class FullCrossAttention(_CrossAttention):
             ValueError: wrong shapes, or not one of context and cache.
         """
         if cache is not None and context is None and context_padding_mask is None:
-            (q,) = self._project_in(x)
+            (q,) = self.project_in(x)
             out = self._attend(q.to(cache.keys.dtype), cache.keys, cache.values, cache.padding)
-            return self._project_out(out.to(q.dtype))
+            return self.project_out(out.to(q.dtype))
         if context is None or cache is not None:
             raise ValueError("FullCrossAttention: expected a context or a cache, got both or none")
         q, k, v = self._project(x, context)
         check_padding(
             "FullCrossAttention: expected context_padding_mask", context_padding_mask, context
         )
-        return self._project_out(self._attend(q, k, v, context_padding_mask))
+        return self.project_out(self._attend(q, k, v, context_padding_mask))
 
     def fill_cache(
         self, cache: CrossCache, context: Tensor, context_padding_mask: Tensor | None = None
@@ -197,7 +199,7 @@ class FullCrossAttention(_CrossAttention):
             nothing = padding.all(dim=1)[:, None, None, None]
             mask = ~padding[:, None, None, :] | nothing
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=self._dropout_p(), scale=self.scale
+            q, k, v, attn_mask=mask, dropout_p=self.dropout_p(), scale=self.scale
         )
         return out if nothing is None else out.masked_fill(nothing, 0.0)
 
@@ -249,11 +251,15 @@ class LSHCrossAttention(_CrossAttention):
             dropout=dropout,
             bias=bias,
         )
-        if n_hashes < 1 or chunk_size < 1:
-            raise ValueError(
-                f"LSHCrossAttention: expected n_hashes and chunk_size >= 1, "
-                f"got {n_hashes} and {chunk_size}"
-            )
+        LSHOptions(
+            n_hashes=n_hashes,
+            chunk_size=chunk_size,
+            n_buckets=n_buckets,
+            look_back=look_back,
+            look_ahead=look_ahead,
+            same_bucket=same_bucket,
+            correct_duplicates=correct_duplicates,
+        ).check("LSHCrossAttention")
         self.n_hashes = n_hashes
         self.chunk_size = chunk_size
         self.n_buckets = [n_buckets] if isinstance(n_buckets, int) else n_buckets
@@ -272,6 +278,7 @@ class LSHCrossAttention(_CrossAttention):
         context_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
         hash_step: int | Tensor = 0,
+        hash_seed: int | None = None,
         dropout_seed: int | Tensor | None = None,
         buckets: Tensor | None = None,
         return_buckets: bool = False,
@@ -283,7 +290,8 @@ class LSHCrossAttention(_CrossAttention):
             context: ``(B, M, context_dim)``.
             query_padding_mask: bool ``(B, L)``, True = padding.
             context_padding_mask: bool ``(B, M)``, True = padding.
-            n_hashes, hash_step, dropout_seed: as in :meth:`LSHSelfAttention.forward`.
+            n_hashes, hash_step, hash_seed, dropout_seed: as in
+                :meth:`LSHSelfAttention.forward`.
             buckets: of an earlier call on x and context, to attend alike: nothing is hashed.
             return_buckets: return the buckets too.
 
@@ -298,7 +306,7 @@ class LSHCrossAttention(_CrossAttention):
         rotations = None
         if buckets is None:
             rotations = hash_rotations(
-                self.hash_seed,
+                self.hash_seed if hash_seed is None else hash_seed,
                 hash_step,
                 self.heads,
                 self.head_dim,
@@ -322,12 +330,12 @@ class LSHCrossAttention(_CrossAttention):
             key_padding_mask=context_padding_mask,
             same_bucket=self.same_bucket,
             correct_duplicates=self.correct_duplicates,
-            dropout_p=self._dropout_p(),
+            dropout_p=self.dropout_p(),
             dropout_seed=dropout_seed,
             return_buckets=True,
         )
         out, buckets = result
-        y = self._project_out(out)
+        y = self.project_out(out)
         if not return_buckets:
             return y
         return y, narrow_buckets(buckets, n_buckets)

@@ -14,7 +14,8 @@ from typing_extensions import Self
 from .attention import check_padding
 from .blocks import AttentionBlock
 from .cache import DecodingCache, reorder_rows
-from .config import ReformerConfig, is_int
+from .checks import is_int
+from .config import ReformerConfig
 from .cross_attention import CrossCache, FullCrossAttention, LSHCrossAttention
 from .feed_forward import chunked_lm_loss
 from .models import Reformer, lm_head
@@ -456,8 +457,8 @@ class _Decoder(Reformer):
         seed: Tensor | None = None
         if self.training and self.config.attention_dropout > 0.0 and "lsh" in self.cross:
             seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-        result = []
-        for index, layer in enumerate(self.config.schedule):
+        config, result = self.config, []
+        for index, layer in enumerate(config.schedule):
             kind = self.cross[layer]
             kwargs: dict[str, Any] = {"context_padding_mask": context_padding_mask}
             if kind == "lsh":
@@ -468,6 +469,8 @@ class _Decoder(Reformer):
                     dropout_seed=None if seed is None else seed + index,
                     return_buckets=True,
                 )
+                if config.repeat > 1:  # each call hashes anew, other than all self-attention
+                    kwargs["hash_seed"] = config.hash_seed + len(config.schedule) + index
             result.append(kwargs)
         return result
 

@@ -15,7 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..packed import sequence_lengths
+<<<<<<< ours
 from .config import ReformerConfig
+=======
+from .checks import is_int
+>>>>>>> theirs
 from .feed_forward import chunked_lm_loss
 from .models import Reformer, ReformerLM
 from .pretrained import PretrainedModel
@@ -54,8 +58,8 @@ class _ReformerHead(PretrainedModel):
 
     def __init__(self, config: ReformerConfig, outputs: int, hidden: int | None = None) -> None:
         super().__init__()
-        if outputs < 1:
-            raise ValueError(f"{type(self).__name__}: expected num_labels >= 1, got {outputs}")
+        if not is_int(outputs, 1):
+            raise ValueError(f"{type(self).__name__}: expected num_labels >= 1, got {outputs!r}")
         self.config = config
         self.reformer = Reformer(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -97,8 +101,8 @@ class ReformerForSequenceClassification(_ReformerHead):
         name = type(self).__name__
         if pooling not in POOLING_KINDS:
             raise ValueError(f"{name}: expected pooling in {POOLING_KINDS}, got {pooling!r}")
-        if hidden is not None and hidden < 1:
-            raise ValueError(f"{name}: expected hidden to be None or >= 1, got {hidden}")
+        if hidden is not None and not is_int(hidden, 1):
+            raise ValueError(f"{name}: expected hidden to be None or >= 1, got {hidden!r}")
         super().__init__(config, num_labels, hidden)
         self.num_labels = num_labels
         self.pooling = pooling

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ..ops import exports_any
 from ..packed import map_sequences, sequence_lengths
 from .attention import ATTENTIONS, AttentionCall, SelfAttention, check_padding
-from .blocks import AttentionBlock, FeedForwardBlock, by_heads, with_cross
+from .blocks import AttentionBlock, FeedForwardBlock, autocast_dtype, by_heads, look_up, with_cross
 from .cache import CacheSizes, DecodingCache
-from .config import ReformerConfig, is_int
+from .checks import is_int
+from .config import ReformerConfig
 from .feed_forward import chunked_lm_loss
 from .positions import AbsolutePositions, AxialPositions, RotaryPositions
 from .pretrained import PretrainedModel
@@ -167,6 +168,7 @@ class Reformer(nn.Module):
         n_buckets: int | Sequence[int] | None = None,
         window: int | None = None,
         dtype: torch.dtype | None = None,
+        hash_length: int | None = None,
     ) -> DecodingCache:
         """An empty cache on the model's device, for use with and without inference mode.
 
@@ -175,10 +177,11 @@ class Reformer(nn.Module):
             capacity: most positions, of prompt and continuation together.
             n_hashes: hash rounds; default ``config.n_hashes``.
             n_buckets: an even number or even factors; default the layer's, else
-                :func:`reformer_ext.default_n_buckets` of the capacity.
+                :func:`reformer_ext.default_n_buckets` of hash_length.
             window: positions that a bucket remembers; default the layer's chunk size, twice the
                 mean bucket of a full cache.
             dtype: of keys and values; default autocast's where that is on, else the parameters'.
+            hash_length: how long the sequences are that the hash is made for; default capacity.
 
         Raises:
             ValueError: the model is not causal, or an argument is out of range.
@@ -189,12 +192,13 @@ class Reformer(nn.Module):
             raise ValueError(f"{name}: expected a causal model, got causal=False")
         weight = self.embedding.weight
         if dtype is None:
-            autocast = torch.is_autocast_enabled(weight.device.type)
-            dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+            dtype = autocast_dtype(weight.device) or weight.dtype
         factors = (n_buckets,) if isinstance(n_buckets, int) else n_buckets
         if factors is not None:
             factors = tuple(factors)
-        sizes = CacheSizes(batch, capacity, dtype, weight.device, n_hashes, factors, window)
+        sizes = CacheSizes(
+            batch, capacity, dtype, weight.device, n_hashes, factors, window, hash_length
+        )
         sizes.check(name)
         if config.positions in ("axial", "absolute") and capacity > config.max_length:
             raise ValueError(
@@ -203,27 +207,24 @@ class Reformer(nn.Module):
             )
         with torch.inference_mode(False):  # whose tensors nothing else may change in place
             layers = [
-                attention.new_cache(dataclasses.replace(sizes, repetition=repetition))
-                for attention, repetition in self.attention_calls()
+                attention.new_cache(dataclasses.replace(sizes, shift=shift))
+                for attention, shift in self.attention_calls()
             ]
             return DecodingCache(config, sizes, layers)
 
     def attention_calls(self) -> Iterator[tuple[SelfAttention, int]]:
-        """The attention layer of each call, and how many calls after its first it is."""
-        first: dict[int, int] = {}
+        """The attention layer of each call, and its :attr:`AttentionCall.shift`."""
         for call, layer in enumerate(self.config.schedule):
             attention: SelfAttention = self.layers.blocks[layer].f.self_attention  # type: ignore
-            yield attention, call - first.setdefault(layer, call)
+            yield attention, call - layer
 
     def penalty(self) -> Tensor:
-        """What the layers add to the loss since the last forward pass: a scalar, 0 where none
-        does. ``loss`` of the models does not include it."""
+        """What the layers add to the loss, a scalar: see :meth:`SelfAttention.penalty`. A layer
+        counts once, however often it is applied. ``loss`` of the models does not include it."""
         total = self.embedding.weight.new_zeros(())
         for module in self.layers.modules():
             if isinstance(module, SelfAttention):
-                penalty = module.penalty()
-                if penalty is not None:
-                    total = total + penalty
+                total = total + module.penalty()
         return total
 
     def _forward_cached(
@@ -286,6 +287,10 @@ class Reformer(nn.Module):
 
     def _check(self, tokens: Tensor, key_padding_mask: Tensor | None, n_hashes: int | None) -> None:
         """Raises ValueError unless the arguments have the shapes that :meth:`forward` says."""
+        if not isinstance(tokens, Tensor):
+            raise ValueError(
+                f"Reformer: expected tokens to be a tensor, got {type(tokens).__name__}"
+            )
         if tokens.is_floating_point():
             if tokens.dim() != 3 or tokens.shape[-1] != self.config.dim:
                 raise ValueError(
@@ -308,7 +313,7 @@ class Reformer(nn.Module):
         self, tokens: Tensor, lengths: list[int] | None = None, at: Tensor | None = None
     ) -> Tensor:
         """With the positions of one sequence, of packed ones of these lengths, or ``at (B, L)``."""
-        x = tokens if tokens.is_floating_point() else self.embedding(tokens)
+        x = tokens if tokens.is_floating_point() else look_up(self.embedding, tokens)
         positions = self.positions
         if positions is None:
             return self.dropout(x)
@@ -379,13 +384,13 @@ class Reformer(nn.Module):
             attention.call_kwargs(
                 AttentionCall(
                     common,
-                    repetition,
+                    shift,
                     n_hashes,
                     step,
                     None if seed is None else seed + index,
                 )
             )
-            for index, (attention, repetition) in enumerate(self.attention_calls())
+            for index, (attention, shift) in enumerate(self.attention_calls())
         ]
 
 

@@ -45,6 +45,12 @@ class PretrainedModel(nn.Module):
     config_class: ClassVar[type[Any]]
     saved_arguments: ClassVar[tuple[str, ...]] = ()
 
+    def penalty(self) -> Tensor:
+        """What the layers add to the loss, a scalar, 0 for the library's kinds of attention; see
+        :meth:`Reformer.penalty`."""
+        parts = (getattr(part, "penalty", None) for part in self.children())
+        return torch.stack([penalty() for penalty in parts if penalty is not None]).sum()
+
     def _fields(self) -> dict[str, Any]:
         """What :meth:`_from_fields` makes the model from, as JSON."""
         arguments = {name: getattr(self, name) for name in self.saved_arguments}

@@ -6,13 +6,14 @@ from ..config import ATTENTIONS
 from .base import AttentionCall, AttentionOptions, SelfAttention, check_padding
 from .full import FullSelfAttention
 from .local import LocalSelfAttention
-from .lsh import LSHSelfAttention, hash_rotations, narrow_buckets
+from .lsh import LSHOptions, LSHSelfAttention, hash_rotations, narrow_buckets
 
 __all__ = [
     "ATTENTIONS",
     "AttentionCall",
     "AttentionOptions",
     "FullSelfAttention",
+    "LSHOptions",
     "LSHSelfAttention",
     "LocalSelfAttention",
     "SelfAttention",

@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from ... import ops
 from ..cache import CacheSizes, LayerCache
+from ..checks import check_dropout, check_int, check_scale, is_int
 from ..config import ReformerConfig
 from ..positions import apply_rotary
 
@@ -36,15 +37,15 @@ class AttentionCall:
     Attributes:
         common: keyword arguments that every kind takes: key_padding_mask, and where there are such
             rotary and cu_seqlens.
-        repetition: 0, but in a model that repeats its layers: how many calls lie between this one
-            and the first with the layer's weights.
+        shift: the number of this call less the number of its layer: 0, but in a model that repeats
+            its layers. Seeds that tell layers apart tell calls apart if it is added to them.
         n_hashes: hash rounds that the caller asks for.
         hash_step: what changes the hash: the number of the training step; 0 in evaluation.
         dropout_seed: of this call; None without dropout.
     """
 
     common: Mapping[str, Any]
-    repetition: int = 0
+    shift: int = 0
     n_hashes: int | None = None
     hash_step: int | Tensor = 0
     dropout_seed: Tensor | None = None
@@ -56,7 +57,8 @@ class AttentionOptions:
     that a layer of a model may set. A kind with options of its own derives from it.
 
     ``config_fields`` names the :class:`ReformerConfig` field that an option has its value from
-    where the layer does not give it; an option that is not named there has its default.
+    where the layer does not give it; an option that is not named there has its default. ``check``
+    raises ValueError, in the name of a class or of a layer, for a value that is none.
     """
 
     config_fields: ClassVar[Mapping[str, str]] = {}
@@ -64,7 +66,7 @@ class AttentionOptions:
     @classmethod
     def of(cls, config: ReformerConfig, given: Mapping[str, Any], name: str) -> Self:
         """Those of a layer: as given, else as the configuration says. Raises ValueError in the
-        name of the layer for an option that the kind has not."""
+        name of the layer for an option that the kind has not, or a value that is none."""
         known = {field.name for field in dataclasses.fields(cls)}
         if not set(given) <= known:
             raise ValueError(
@@ -73,7 +75,12 @@ class AttentionOptions:
         from_config = {
             option: getattr(config, field) for option, field in cls.config_fields.items()
         }
-        return cls(**{**from_config, **given})
+        options = cls(**{**from_config, **given})
+        options.check(name)
+        return options
+
+    def check(self, name: str) -> None:
+        """Raises ValueError naming the option, what was expected and what came."""
 
 
 class SelfAttention(nn.Module):
@@ -123,8 +130,9 @@ class SelfAttention(nn.Module):
 
     @property
     def draws(self) -> bool:
-        """Whether a forward pass in training draws from torch's global generator."""
-        return False
+        """Whether a forward pass in training draws from torch's global generator. A kind whose
+        dropout goes by ``dropout_seed`` says False."""
+        return self.dropout > 0.0
 
     def call_kwargs(self, call: AttentionCall) -> dict[str, Any]:
         """The keyword arguments of ``forward`` in this call."""
@@ -136,9 +144,10 @@ class SelfAttention(nn.Module):
         a kind that cannot generate."""
         raise NotImplementedError(f"{type(self).__name__}.new_cache: this kind has no cache")
 
-    def penalty(self) -> Tensor | None:
-        """What the layer adds to the loss since its last forward pass; None: nothing."""
-        return None
+    def penalty(self) -> Tensor | float:
+        """What the layer adds to the loss: a scalar made of its parameters, not of what a forward
+        pass has seen, which a reversible model does not keep."""
+        return 0.0
 
     def __init__(
         self,
@@ -156,16 +165,16 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        check_int(name, "dim", dim)
+        check_int(name, "heads", heads)
         if head_dim is None:
-            if heads < 1 or dim % heads:
+            if dim % heads:
                 raise ValueError(f"{name}: expected dim divisible by heads, got {dim} and {heads}")
             head_dim = dim // heads
-        if heads < 1 or not 1 <= head_dim <= 256:
-            raise ValueError(
-                f"{name}: expected heads >= 1 and head_dim in 1 .. 256, got {heads} and {head_dim}"
-            )
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"{name}: expected dropout in [0, 1), got {dropout}")
+        if not is_int(head_dim, 1) or head_dim > 256:
+            raise ValueError(f"{name}: expected head_dim in 1 .. 256, got {head_dim!r}")
+        check_dropout(name, dropout)
+        check_scale(name, scale)
         self.heads = heads
         self.head_dim = head_dim
         self.causal = causal
@@ -177,16 +186,16 @@ class SelfAttention(nn.Module):
         out_bias = bias if out_bias is None else out_bias
         self.out_proj = nn.Linear(heads * head_dim, dim, bias=out_bias)
 
-    def _project_in(
+    def project_in(
         self, x: Tensor, norm: nn.Module | None = None, heads: tuple[int, int] | None = None
     ) -> Tensor:
         """``(B, L, dim) -> (n_projections, B, H, L, D)``, a view of one matrix product; H those of
         ``heads``, default all. What a norm before it gives is computed again for the backward, not
         kept."""
-        if x.dim() != 3 or x.shape[-1] != self.in_proj.in_features:
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.in_proj.in_features:
             raise ValueError(
                 f"{type(self).__name__}: expected x [B, L, {self.in_proj.in_features}], "
-                f"got {list(x.shape)}"
+                f"got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
             )
         in_proj = self.in_proj if heads is None else self._part_of_in_proj(*heads)
         if norm is None:
@@ -208,10 +217,15 @@ class SelfAttention(nn.Module):
         weight, bias = self.in_proj.weight, self.in_proj.bias
         return lambda x: F.linear(x, rows(weight), None if bias is None else rows(bias))
 
-    def _turn(self, projected: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Sequence[Tensor]:
+    def turn(self, projected: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Sequence[Tensor]:
         """Queries, keys and values ``(B, H, L, D)``, all but the values in their positions."""
         if rotary is None or not self.rotary:
             return projected.unbind()
+        if rotary[0].shape[-1] != self.head_dim:
+            raise ValueError(
+                f"{type(self).__name__}: expected rotary of head_dim = {self.head_dim}, "
+                f"got factors {list(rotary[0].shape)}"
+            )
         if torch.is_grad_enabled():
             # Values as a view would keep the unturned rest for the backward, which would gather
             # the projection's gradient from pieces.
@@ -219,7 +233,7 @@ class SelfAttention(nn.Module):
             return ops.split_heads(rows, self.n_projections, *rotary)
         return *apply_rotary(projected[:-1], rotary), projected[-1]
 
-    def _project_out(self, out: Tensor, heads: tuple[int, int] | None = None) -> Tensor:
+    def project_out(self, out: Tensor, heads: tuple[int, int] | None = None) -> Tensor:
         """``(B, H, L, D) -> (B, L, dim)``, of all heads or the share of some in the sum."""
         out = out.transpose(1, 2).flatten(2)
         if heads is None:
@@ -228,7 +242,7 @@ class SelfAttention(nn.Module):
         columns = self.out_proj.weight[:, first * self.head_dim : end * self.head_dim]
         return F.linear(out, columns, self.out_proj.bias if first == 0 else None)  # bias once
 
-    def _check_heads(self, heads: tuple[int, int] | None, cache: nn.Module | None) -> None:
+    def check_heads(self, heads: tuple[int, int] | None, cache: nn.Module | None) -> None:
         """Raises ValueError unless there are such heads, and no cache of all."""
         if heads is None:
             return
@@ -239,7 +253,7 @@ class SelfAttention(nn.Module):
                 f"{'no cache' if cache is None else 'one'}"
             )
 
-    def _dropout_p(self) -> float:
+    def dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
 
 

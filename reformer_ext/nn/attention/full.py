@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from ...packed import map_sequences, sequence_lengths
 from ..cache import CacheSizes
+from ..checks import check_bool, check_dropout, check_scale
 from ..config import ReformerConfig
 from .base import (
     AttentionOptions,
@@ -38,8 +39,14 @@ class FullOptions(AttentionOptions):
     shared_qk: bool = False
     scale: float | None = None
     dropout: float = 0.0
-    out_bias: bool = False
+    out_bias: bool | None = None
     rotary: bool = True
+
+    def check(self, name: str) -> None:
+        check_scale(name, self.scale)
+        check_dropout(name, self.dropout)
+        check_bool(name, "shared_qk", self.shared_qk)
+        check_bool(name, "rotary", self.rotary)
 
     @classmethod
     def of(cls, config: ReformerConfig, given: Mapping[str, Any], name: str) -> Self:
@@ -90,11 +97,8 @@ class FullSelfAttention(SelfAttention):
             out_bias=out_bias,
             rotary=rotary,
         )
+        FullOptions(shared_qk=shared_qk, rotary=rotary).check("FullSelfAttention")
         self.shared_qk = shared_qk
-
-    @property
-    def draws(self) -> bool:
-        return self.dropout > 0.0
 
     def new_cache(self, sizes: CacheSizes) -> FullCache:
         return FullCache(
@@ -120,13 +124,13 @@ class FullSelfAttention(SelfAttention):
     ) -> Tensor:
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`.
         Dropout draws from the global generator."""
-        self._check_heads(heads, cache)
-        *qk, v = self._turn(self._project_in(x, norm, heads), rotary)
+        self.check_heads(heads, cache)
+        *qk, v = self.turn(self.project_in(x, norm, heads), rotary)
         check_padding("FullSelfAttention: expected key_padding_mask", key_padding_mask, x)
         q, k = qk if not self.shared_qk else (qk[0], F.normalize(qk[0], dim=-1))
         if cache is not None and cache_lengths is not None:
             out = cache.attend(q, k, v, cache_lengths, scale=self.scale, mask_self=self.shared_qk)
-            return self._project_out(out)
+            return self.project_out(out)
         if cache is not None:
             cache.append(k, v, torch.zeros_like(prompt_lengths(x, None)))
         if cu_seqlens is None:
@@ -140,7 +144,7 @@ class FullSelfAttention(SelfAttention):
                 return (self._attend(q, k, v, None),)
 
             (out,) = map_sequences(attend, lengths, [(q, 2), (k, 2), (v, 2)], (2,))
-        return self._project_out(out, heads)
+        return self.project_out(out, heads)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         mask, self_only = self._mask(q.shape[2], key_padding_mask, q.device)
@@ -149,7 +153,7 @@ class FullSelfAttention(SelfAttention):
             k,
             v,
             attn_mask=mask,
-            dropout_p=self._dropout_p(),
+            dropout_p=self.dropout_p(),
             is_causal=self.causal and mask is None,
             scale=self.scale,
         )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...packed import chunked_attention_packed
 from ..cache import CacheSizes
+from ..checks import check_bool, check_dropout, check_scale, check_window, is_int
 from .base import (
     AttentionCall,
     AttentionOptions,
@@ -45,8 +46,17 @@ class LocalOptions(AttentionOptions):
     wrap: bool = False
     scale: float | None = None
     dropout: float = 0.0
-    out_bias: bool = False
+    out_bias: bool | None = None
     rotary: bool = True
+
+    def check(self, name: str) -> None:
+        if not is_int(self.chunk_size, 1):
+            raise ValueError(f"{name}: expected chunk_size >= 1, got {self.chunk_size!r}")
+        check_window(name, self.look_back, self.look_ahead)
+        check_scale(name, self.scale)
+        check_dropout(name, self.dropout)
+        check_bool(name, "wrap", self.wrap)
+        check_bool(name, "rotary", self.rotary)
 
 
 class LocalSelfAttention(SelfAttention):
@@ -95,12 +105,21 @@ class LocalSelfAttention(SelfAttention):
             out_bias=out_bias,
             rotary=rotary,
         )
-        if chunk_size < 1:
-            raise ValueError(f"LocalSelfAttention: expected chunk_size >= 1, got {chunk_size}")
+        LocalOptions(
+            chunk_size=chunk_size,
+            look_back=look_back,
+            look_ahead=look_ahead,
+            wrap=wrap,
+            rotary=rotary,
+        ).check("LocalSelfAttention")
         self.chunk_size = chunk_size
         self.look_back = look_back
         self.look_ahead = look_ahead if look_ahead is not None else 0 if causal else 1
         self.wrap = wrap
+
+    @property
+    def draws(self) -> bool:
+        return False  # dropout has its own seed
 
     def call_kwargs(self, call: AttentionCall) -> dict[str, Any]:
         kwargs = dict(call.common)
@@ -135,10 +154,10 @@ class LocalSelfAttention(SelfAttention):
     ) -> Tensor:
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`, but for
         cache_windows, from :meth:`LocalCache.windows`, in place of cache_lengths."""
-        self._check_heads(heads, cache)
-        q, k, v = self._turn(self._project_in(x, norm, heads), rotary)
+        self.check_heads(heads, cache)
+        q, k, v = self.turn(self.project_in(x, norm, heads), rotary)
         if cache is not None and cache_windows is not None:
-            return self._project_out(cache.attend(q, k, v, cache_windows, scale=self.scale))
+            return self.project_out(cache.attend(q, k, v, cache_windows, scale=self.scale))
         if cache is not None:
             cache.append(k, v, prompt_lengths(x, key_padding_mask))
         attend = (
@@ -157,10 +176,10 @@ class LocalSelfAttention(SelfAttention):
             causal=self.causal,
             scale=self.scale,
             key_padding_mask=key_padding_mask,
-            dropout_p=self._dropout_p(),
+            dropout_p=self.dropout_p(),
             dropout_seed=dropout_seed,
         )
-        return self._project_out(out, heads)
+        return self.project_out(out, heads)
 
 
 class LocalCache(RowCache):

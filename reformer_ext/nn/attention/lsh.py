@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...packed import group_seed, map_sequences, sequence_lengths
 from ..cache import CacheSizes, LayerCache
+from ..checks import check_bool, check_dropout, check_scale, check_window, is_int
 from ..config import ReformerConfig
 from .base import AttentionCall, AttentionOptions, SelfAttention, join_positions
 
@@ -94,9 +95,31 @@ class LSHOptions(AttentionOptions):
     correct_duplicates: bool = False
     scale: float | None = None
     dropout: float = 0.0
-    out_bias: bool = False
+    out_bias: bool | None = None
     rotary: bool = True
     rotary_before_hash: bool = False
+
+    def check(self, name: str) -> None:
+        if not (is_int(self.n_hashes, 1) and is_int(self.chunk_size, 1)):
+            raise ValueError(
+                f"{name}: expected n_hashes and chunk_size >= 1, "
+                f"got {self.n_hashes!r} and {self.chunk_size!r}"
+            )
+        check_window(name, self.look_back, self.look_ahead)
+        factors: Any = [self.n_buckets] if is_int(self.n_buckets, 0) else self.n_buckets
+        if factors is not None and not (
+            isinstance(factors, Sequence)
+            and len(factors) > 0
+            and all(is_int(n, 2) and n % 2 == 0 for n in factors)
+        ):
+            raise ValueError(
+                f"{name}: expected n_buckets to be None, an even number >= 2 or a list of such, "
+                f"got {self.n_buckets!r}"
+            )
+        check_scale(name, self.scale)
+        check_dropout(name, self.dropout)
+        for option in ("same_bucket", "correct_duplicates", "rotary", "rotary_before_hash"):
+            check_bool(name, option, getattr(self, option))
 
 
 class LSHSelfAttention(SelfAttention):
@@ -173,11 +196,17 @@ class LSHSelfAttention(SelfAttention):
             out_bias=out_bias,
             rotary=rotary,
         )
-        if n_hashes < 1 or chunk_size < 1:
-            raise ValueError(
-                f"LSHSelfAttention: expected n_hashes and chunk_size >= 1, "
-                f"got {n_hashes} and {chunk_size}"
-            )
+        LSHOptions(
+            n_hashes=n_hashes,
+            chunk_size=chunk_size,
+            n_buckets=n_buckets,
+            look_back=look_back,
+            look_ahead=look_ahead,
+            same_bucket=same_bucket,
+            correct_duplicates=correct_duplicates,
+            rotary=rotary,
+            rotary_before_hash=rotary_before_hash,
+        ).check("LSHSelfAttention")
         self.n_hashes = n_hashes
         self.chunk_size = chunk_size
         self.n_buckets = [n_buckets] if isinstance(n_buckets, int) else n_buckets
@@ -188,6 +217,10 @@ class LSHSelfAttention(SelfAttention):
         self.hash_seed = hash_seed
         self.rotary_before_hash = rotary_before_hash
 
+    @property
+    def draws(self) -> bool:
+        return False  # dropout has its own seed
+
     def call_kwargs(self, call: AttentionCall) -> dict[str, Any]:
         kwargs = {
             **call.common,
@@ -195,14 +228,14 @@ class LSHSelfAttention(SelfAttention):
             "hash_step": call.hash_step,
             "return_buckets": True,
         }
-        if call.repetition:
-            kwargs["hash_seed"] = self.hash_seed + call.repetition
+        if call.shift:
+            kwargs["hash_seed"] = self.hash_seed + call.shift
         if call.dropout_seed is not None:
             kwargs["dropout_seed"] = call.dropout_seed
         return kwargs
 
     def new_cache(self, sizes: CacheSizes) -> LSHCache:
-        factors = sizes.n_buckets or self._n_buckets(sizes.capacity)
+        factors = sizes.n_buckets or self._n_buckets(sizes.hash_length or sizes.capacity)
         return LSHCache(
             sizes.batch,
             self.heads,
@@ -213,7 +246,7 @@ class LSHSelfAttention(SelfAttention):
                 sizes.n_hashes,
                 device=sizes.device,
                 dtype=sizes.dtype,
-                hash_seed=self.hash_seed + sizes.repetition,
+                hash_seed=self.hash_seed + sizes.shift,
             ),
             n_buckets=factors,
             window=min(sizes.window or self.chunk_size, sizes.capacity),
@@ -288,9 +321,9 @@ class LSHSelfAttention(SelfAttention):
             ``(B, L, dim)``, and with return_buckets ``(B, H, R, L)`` of int16 where they fit, else
             int32.
         """
-        self._check_heads(heads, cache)
-        projected = self._project_in(x, norm, heads)
-        qk, v = self._turn(projected, rotary)
+        self.check_heads(heads, cache)
+        projected = self.project_in(x, norm, heads)
+        qk, v = self.turn(projected, rotary)
         # With buckets given, the unturned heads can go.
         hashed = qk if self.rotary_before_hash or buckets is not None else projected[0]
         del projected
@@ -303,7 +336,7 @@ class LSHSelfAttention(SelfAttention):
                 scale=self.scale,
                 correct_duplicates=self.correct_duplicates,
             )
-            return self._project_out(continued)
+            return self.project_out(continued)
         longest = x.shape[1]
         if cu_seqlens is None:
             out, buckets = self._attend(
@@ -334,7 +367,7 @@ class LSHSelfAttention(SelfAttention):
                 return self._attend(qk, hashed, v, buckets, None, *hashing, seed, heads)
 
             out, buckets = map_sequences(attend, lengths, inputs, (2, 3))
-        y = self._project_out(out, heads)
+        y = self.project_out(out, heads)
         if not return_buckets:
             return y
         return y, narrow_buckets(buckets, self._n_buckets(longest))
@@ -390,7 +423,7 @@ class LSHSelfAttention(SelfAttention):
             key_padding_mask=key_padding_mask,
             same_bucket=self.same_bucket,
             correct_duplicates=self.correct_duplicates,
-            dropout_p=self._dropout_p(),
+            dropout_p=self.dropout_p(),
             dropout_seed=dropout_seed,
         )
         assert isinstance(out, Tensor)
