@@ -15,11 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..packed import sequence_lengths
-<<<<<<< ours
-from .config import ReformerConfig
-=======
 from .checks import is_int
->>>>>>> theirs
+from .config import ReformerConfig
 from .feed_forward import chunked_lm_loss
 from .models import Reformer, ReformerLM
 from .pretrained import PretrainedModel
