@@ -38,7 +38,9 @@ inline constexpr auto kOptionsBeforeBuckets = std::make_tuple(
 inline constexpr auto kOptionsAfterBuckets =
     std::make_tuple(Option{"correct_duplicates", &AttentionOptions::correct_duplicates},
                     Option{"dropout_p", &AttentionOptions::dropout_p},
-                    Option{"dropout_seed", &AttentionOptions::dropout_seed});
+                    Option{"dropout_seed", &AttentionOptions::dropout_seed},
+                    Option{"own_values", &AttentionOptions::own_values},
+                    Option{"value_mix", &AttentionOptions::value_mix});
 
 template <typename Struct>
 inline constexpr auto kOptions = std::tuple_cat(kOptionsBeforeBuckets, kOptionsAfterBuckets);

@@ -4,15 +4,20 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <array>
 #include <atomic>
+#include <cstdio>
+#include <limits>
 
 #include "checks.h"
 #include "chunked_attention_common.h"
+#include "next_values_common.h"
 #include "reformer.h"
 
 namespace reformer {
@@ -41,6 +46,16 @@ at::ScalarType lse_dtype(const at::Tensor& q) {
 }
 
 }  // namespace
+
+void check_scale(const char* op, std::optional<double> scale, const at::Tensor& q) {
+  REFORMER_CHECK(!scale.has_value() || std::isfinite(*scale), op, ": expected a finite scale, got ",
+                 scale.value_or(0.0));
+  const bool fits = q.scalar_type() == at::kDouble ||
+                    std::abs(scale.value_or(0.0)) <= std::numeric_limits<float>::max();
+  std::array<char, 32> number{};
+  if (!fits) std::snprintf(number.data(), number.size(), "%g", *scale);
+  REFORMER_CHECK(fits, op, ": expected a scale that is finite in float32, got ", number.data());
+}
 
 void ChunkedAttentionArgs::resolve() {
   check_heads(kOp, "q", q);
@@ -71,8 +86,7 @@ void ChunkedAttentionArgs::resolve() {
   REFORMER_CHECK(chunk_size >= 1, kOp, ": expected chunk_size >= 1, got ", chunk_size);
   REFORMER_CHECK(look_back >= 0, kOp, ": expected look_back >= 0, got ", look_back);
   REFORMER_CHECK(look_ahead >= 0, kOp, ": expected look_ahead >= 0, got ", look_ahead);
-  REFORMER_CHECK(!scale.has_value() || std::isfinite(*scale), kOp,
-                 ": expected a finite scale, got ", scale.value_or(0.0));
+  check_scale(kOp, scale, q);
   REFORMER_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, kOp, ": expected 0 <= dropout_p < 1, got ",
                  dropout_p);
   REFORMER_CHECK(dropout_seed.has_value() == (dropout_p > 0.0), kOp,
@@ -88,6 +102,26 @@ void ChunkedAttentionArgs::resolve() {
 
   mask_self = mask_self.value_or(shared_qk());
   wrap = wrap.value_or(order.has_value());
+  REFORMER_CHECK(!value_mix.has_value(), kOp, "_backward: expected no value_mix, got one");
+  if (own_values.has_value()) {
+    REFORMER_CHECK(*mask_self, kOp,
+                   ": expected own_values only with mask_self, under which a query may meet only "
+                   "itself, got mask_self false");
+    check_like(kOp, "own_values", *own_values, q, "like q");
+  }
+}
+
+void ChunkedAttentionArgs::mix_values() {
+  if (!value_mix.has_value()) return;
+  REFORMER_CHECK(
+      mask_self.value_or(shared_qk()), kOp,
+      ": expected value_mix only with mask_self, under which no query attends to itself, "
+      "got mask_self false");
+  REFORMER_CHECK(!own_values.has_value(), kOp,
+                 ": expected value_mix without own_values, which are then v, got both");
+  own_values = v;
+  v = next_values(v, *value_mix, key_padding_mask, causal);
+  value_mix.reset();
 }
 
 void ChunkedAttentionResults::check(const ChunkedAttentionArgs& args) const {
@@ -185,17 +219,21 @@ void load(ChunkedAttentionOptions& options, torch::autograd::AutogradContext* ct
 struct ChunkedAttentionFunction : torch::autograd::Function<ChunkedAttentionFunction> {
   static constexpr bool is_traceable = true;  // for compiled autograd
 
-  // q, k and v are arguments of their own: autograd looks for its inputs among them.
+  // What is differentiable is an argument of its own: autograd looks for its inputs among them.
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
                                                 const at::Tensor& q,
                                                 const std::optional<at::Tensor>& k,
-                                                const at::Tensor& v,
-                                                const ChunkedAttentionArgs& args) {
+                                                const at::Tensor& /*v*/,
+                                                const std::optional<at::Tensor>& /*own_values*/,
+                                                const std::optional<at::Tensor>& value_mix,
+                                                ChunkedAttentionArgs args) {
     const at::AutoDispatchBelowADInplaceOrView guard;
+    args.mix_values();
     const auto [out, lse] = call(args);
     ctx->set_materialize_grads(false);
     torch::autograd::variable_list saved{
-        q, k.value_or(at::Tensor()), v, args.order.value_or(at::Tensor()), out, lse};
+        q,   k.value_or(at::Tensor()),        args.v, args.order.value_or(at::Tensor()), out,
+        lse, value_mix.value_or(at::Tensor())};
     save(args, ctx, saved);
     ctx->save_for_backward(std::move(saved));
     return {out, lse};
@@ -203,17 +241,27 @@ struct ChunkedAttentionFunction : torch::autograd::Function<ChunkedAttentionFunc
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
-    if (!grads[0].defined() && !grads[1].defined()) return {{}, {}, {}, {}};
+    if (!grads[0].defined() && !grads[1].defined()) return {{}, {}, {}, {}, {}, {}};
     const torch::autograd::variable_list saved = ctx->get_saved_variables();
     ChunkedAttentionArgs args{{}, saved[0], saved[2], optional(saved[1]), optional(saved[3])};
-    load(args, ctx, &saved[6]);
+    load(args, ctx, &saved[7]);
     ChunkedAttentionResults results{grads[0], optional(grads[1]), saved[4], saved[5]};
     if (!results.grad_out.defined()) {  // only lse was used: one zero, expanded
       results.grad_out =
           at::zeros({1, 1, 1, 1}, args.q.options()).expand_symint(args.q.sym_sizes());
     }
     auto [grad_q, grad_k, grad_v] = call(args, results);
-    return {grad_q, args.shared_qk() ? at::Tensor() : grad_k, grad_v, {}};
+    at::Tensor grad_own_values, grad_value_mix;
+    if (saved[6].defined()) {  // own_values is v: its gradient is added on the way
+      std::tie(grad_v, grad_value_mix) =
+          next_values_backward(grad_v, *args.own_values, saved[6], args.key_padding_mask,
+                               args.causal, results.grad_out, results.lse);
+    } else if (args.own_values.has_value()) {
+      const at::Tensor self_only = (results.lse == kSelfOnlyLse).unsqueeze(-1);
+      grad_own_values = at::where(self_only, results.grad_out, 0.0);
+    }
+    if (args.shared_qk()) grad_k.reset();
+    return {grad_q, grad_k, grad_v, grad_own_values, grad_value_mix, {}};
   }
 };
 
@@ -221,11 +269,12 @@ Outputs chunked_attention_autograd(const ChunkedAttentionOptions& options, const
                                    const std::optional<at::Tensor>& k, const at::Tensor& v,
                                    const std::optional<at::Tensor>& order) {
   const auto outputs =
-      ChunkedAttentionFunction::apply(q, k, v, ChunkedAttentionArgs{options, q, v, k, order});
+      ChunkedAttentionFunction::apply(q, k, v, options.own_values, options.value_mix,
+                                      ChunkedAttentionArgs{options, q, v, k, order});
   return {outputs[0], outputs[1]};
 }
 
-// q, k and v in autocast's dtype; masks, indices and seed as they are.
+// q, k and values in autocast's dtype; masks, indices, seed and value_mix as they are.
 template <c10::DispatchKey autocast_key, at::DeviceType device_type>
 Outputs chunked_attention_autocast(const ChunkedAttentionOptions& options, const at::Tensor& q,
                                    const std::optional<at::Tensor>& k, const at::Tensor& v,
@@ -235,8 +284,12 @@ Outputs chunked_attention_autocast(const ChunkedAttentionOptions& options, const
   const auto cast = [&](const at::Tensor& x) {
     return at::autocast::cached_cast(dtype, x, device_type);
   };
-  return call({options, cast(q), cast(v),
-               k.has_value() ? std::optional<at::Tensor>(cast(*k)) : std::nullopt, order});
+  const auto cast_if_given = [&](const std::optional<at::Tensor>& x) {
+    return x.has_value() ? std::optional<at::Tensor>(cast(*x)) : std::nullopt;
+  };
+  ChunkedAttentionArgs args{options, cast(q), cast(v), cast_if_given(k), order};
+  args.own_values = cast_if_given(options.own_values);
+  return call(args);
 }
 
 }  // namespace

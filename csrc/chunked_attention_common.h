@@ -13,8 +13,19 @@
 
 namespace reformer {
 
-// The lse of a query whose only valid key is itself under mask_self (its output is then v_i).
+// The lse of a query whose only valid key is itself under mask_self (its output is then v_i, or
+// that of own_values). It marks these queries: no other lse is stored with this value, see
+// stored_lse.
 inline constexpr double kSelfOnlyLse = -1e5;
+
+// An lse that may happen to be that value, as stored: then one unit in the last place above it.
+template <typename T>
+T stored_lse(T lse) {
+  return lse == static_cast<T>(kSelfOnlyLse) ? std::nextafter(lse, T(0)) : lse;
+}
+
+// Raises unless the scale of logits, if given, is finite in the type that q is computed with in.
+void check_scale(const char* op, std::optional<double> scale, const at::Tensor& q);
 
 // The arguments of chunked_attention: tensors and options.
 struct ChunkedAttentionArgs : ChunkedAttentionOptions {
@@ -26,6 +37,10 @@ struct ChunkedAttentionArgs : ChunkedAttentionOptions {
   // sets mask_self and wrap to their defaults if they have no value. Runs under tracing too. Done
   // once a call, for the kernels: what stands before them passes on what was given.
   void resolve();
+
+  // Puts next_values in place of v, and v in place of own_values, if there is a value_mix; then
+  // there is none.
+  void mix_values();
 
   bool shared_qk() const { return !k.has_value(); }
   // Of concrete tensors only; under tracing sizes are symbols.
@@ -66,6 +81,7 @@ std::tuple<at::Tensor, at::Tensor> chunked_attention_resolved(
     const ChunkedAttentionOptions& options, const at::Tensor& q, const std::optional<at::Tensor>& k,
     const at::Tensor& v, const std::optional<at::Tensor>& order) {
   ChunkedAttentionArgs args{options, q, v, k, order};
+  args.mix_values();
   args.resolve();
   return kernel(args);
 }

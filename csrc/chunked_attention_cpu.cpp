@@ -221,6 +221,7 @@ struct Keys {
   const Integer<T>* position;  // -1: no key
   const Integer<T>* bucket;    // null: pairs of different buckets may attend
   const T* factor;             // of the logits: scale, over |q_j| for shared QK
+  T shrink;                    // of gradients: what rows are gathered with, see Problem
   bool causal, mask_self, correct_duplicates, dropout;
   Integer<T> window_span, line_period;  // of meetings
   typename Lanes<T>::Word dropout_threshold;
@@ -322,13 +323,14 @@ REFORMER_INLINE void differentiate_row(const Keys<T>& keys, const Query<T>& quer
     Vector<T> weight = exp<T>(load(scores + j) * factor - lse);
     Vector<T> grad = load(grads + j);
     if (keys.correct_duplicates) weight /= multiplicity(keys, query, j);
+    weight = weight > T(1) ? Vector<T>{} + T(1) : weight;  // large logits and lse are rounded
     Vector<T> kept = weight;
     if (keys.dropout) {
       const Vector<T> keep = dropout_factor(keys, query, j);
       kept *= keep;
       grad *= keep;
     }
-    grad = weight * (grad - delta) * factor;
+    grad = weight * (grad - delta) * (factor * keys.shrink);
     store(scores + j, valid ? kept : Vector<T>{});
     store(grads + j, valid ? grad : Vector<T>{});
   }
@@ -355,8 +357,13 @@ struct Problem {
   bool shared_qk, causal, mask_self, correct_duplicates;
   T scale;
   Rows q, k, v;
+  Rows own;  // own_values, or v
   at::Tensor order, buckets, padding;
-  Buffer<T> inverse_norm;    // [B, H, L], shared QK
+  Buffer<T> inverse_norm;  // [B, H, L], shared QK: 1 / |q| of rows times the head's shrink
+  // [B, H], shared QK: 1, but for heads with queries so long that their products would overflow a
+  // power of two that makes them short enough. Keys do not change with it, nor do the gradients
+  // that go through them; logits are divided by it.
+  std::vector<T> shrink;
   Buffer<int32_t> chunk_of;  // [B, H, R, L]: where each position sits; correct_duplicates
   uint32_t dropout_threshold = 0;
   double dropout_p;
@@ -375,20 +382,56 @@ struct Problem {
   const int32_t* chunks_of(int64_t head, int64_t round) const {
     return chunk_of.get() + (head * line.rounds + round) * length;
   }
+  // The inverse norm of rows shorter than kNormEps, whose keys are not of length one.
+  T clamped_inverse(int64_t head) const { return T(1) / (static_cast<T>(kNormEps) * shrink[head]); }
   bool is_padding(int64_t head, int64_t position) const {
     return padding.defined() && padding.const_data_ptr<bool>()[head / heads * length + position];
   }
 };
 
+// 1 / |q| of each row, |q| at least kNormEps; the largest |q|^2.
 template <typename T, typename S>
-REFORMER_CLONES void inverse_norms(const S* rows, int64_t stride, int64_t n, int64_t head_dim,
-                                   T* result) {
-  T scratch[kMaxHeadDim];
+REFORMER_CLONES T inverse_norms(const S* rows, int64_t stride, int64_t n, int64_t head_dim,
+                                T* result) {
+  T scratch[kMaxHeadDim], largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     const T* row = computing_row(rows + i * stride, head_dim, scratch);
-    const T norm = std::sqrt(dot(row, row, head_dim));
-    result[i] = T(1) / std::max(norm, static_cast<T>(kNormEps));
+    const T square = dot(row, row, head_dim);
+    largest = std::max(largest, square);
+    result[i] = T(1) / std::max(std::sqrt(square), static_cast<T>(kNormEps));
   }
+  return largest;
+}
+
+// The same of shrunk rows, where squares may overflow. Returns the power of two they are shrunk by.
+template <typename T, typename S>
+T shrunk_inverse_norms(const S* rows, int64_t stride, int64_t n, int64_t head_dim, T* result) {
+  T peak = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const T x = std::abs(static_cast<T>(rows[i * stride + d]));
+      if (x <= std::numeric_limits<T>::max()) peak = std::max(peak, x);
+    }
+  }
+  constexpr int exponent = std::numeric_limits<T>::max_exponent / 2 - 8;  // that products allow
+  const T shrink = std::ldexp(T(1), std::min(0, exponent - std::ilogb(std::max(peak, T(1)))));
+  if (shrink == T(1)) return shrink;  // an infinite element, not a long row
+  for (int64_t i = 0; i < n; ++i) {
+    T square = 0;
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const T x = static_cast<T>(rows[i * stride + d]) * shrink;
+      square += x * x;
+    }
+    result[i] = T(1) / std::max(std::sqrt(square), static_cast<T>(kNormEps) * shrink);
+  }
+  return shrink;
+}
+
+template <typename T, typename S>
+bool is_finite(const S* row, int64_t head_dim) {
+  T sum = 0;  // 0 times anything finite
+  for (int64_t d = 0; d < head_dim; ++d) sum += T(0) * static_cast<T>(row[d]);
+  return sum == 0;
 }
 
 // Raises unless every round of order holds every position once; fills chunks, if asked for.
@@ -424,6 +467,7 @@ Problem<T>::Problem(const ChunkedAttentionArgs& args)
       scale(static_cast<T>(args.resolved_scale())),
       q(args.q),
       v(args.v),
+      own(args.own_values.value_or(args.v)),
       dropout_p(args.dropout_p) {
   if (!shared_qk) k = Rows(*args.k);
   if (args.order) order = args.order->contiguous();
@@ -448,10 +492,20 @@ Problem<T>::Problem(const ChunkedAttentionArgs& args)
   }
   if (shared_qk) {
     inverse_norm = Buffer<T>(batch * heads * length);
+    shrink.assign(batch * heads, T(1));
+    constexpr T large = std::numeric_limits<T>::max() / 256;  // of the square of a norm
     at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t head = begin; head < end; ++head) {
+        T* inverse = inverse_norm.get() + head * length;
         visit_head<T>(q, head, [&](const auto* rows) {
-          inverse_norms(rows, q.stride(), length, head_dim, inverse_norm.get() + head * length);
+          if (inverse_norms(rows, q.stride(), length, head_dim, inverse) > large) {
+            shrink[head] = shrunk_inverse_norms(rows, q.stride(), length, head_dim, inverse);
+          }
+          for (int64_t i = 0; padding.defined() && i < length; ++i) {  // a row of zeros: see read
+            if (is_padding(head, i) && !is_finite<T>(rows + i * q.stride(), head_dim)) {
+              inverse[i] = clamped_inverse(head);
+            }
+          }
         });
       }
     });
@@ -540,15 +594,27 @@ class Gathered {
     for (int64_t i = 0; i < key_stride; ++i) {
       const auto at = position_.get()[i];
       key_position_.get()[i] = at < 0 || p.is_padding(head, at) ? -1 : at;
-      factor_.get()[i] =
-          at < 0 || !p.shared_qk ? p.scale : p.scale * p.inverse_norm.get()[head * p.length + at];
+      factor_.get()[i] = at < 0 || !p.shared_qk ? p.scale : shared_factor(at);
     }
     if (p.correct_duplicates) read_all_rounds();
     gather(p.shared_qk ? p.q : p.k, head, p.head_dim, position_.get(), padded_rows(), keys_.get(),
            p.width);
+    if (p.padding.defined()) clear_padding();
+    if (p.shared_qk && p.shrink[head] != T(1)) {
+      for (int64_t i = 0; i < padded_rows() * p.width; ++i) keys_.get()[i] *= p.shrink[head];
+    }
     if (!p.shared_qk) {
       gather(p.q, head, p.head_dim, query_positions(), b.count * line.chunk, queries_.get(),
              p.width);
+    }
+  }
+
+  // Makes zeros of the rows of silent queries (by position): they may be anything, and are
+  // multiplied by zeros.
+  void clear_queries(const uint8_t* silent, T* rows) const {
+    for (int64_t i = 0; i < block.count * line.chunk; ++i) {
+      const auto at = query_positions()[i];
+      if (at >= 0 && silent[at]) std::fill_n(rows + i * p.width, p.width, T(0));
     }
   }
 
@@ -561,6 +627,7 @@ class Gathered {
   const Integer<T>* positions() const { return position_.get(); }
   const Integer<T>* query_positions() const { return position_.get() + line.back * line.chunk; }
   const T* keys() const { return keys_.get(); }
+  T* separate_queries() const { return queries_.get(); }
   const T* queries() const {
     return p.shared_qk ? keys_.get() + line.back * line.chunk * p.width : queries_.get();
   }
@@ -605,6 +672,22 @@ class Gathered {
   Block block{0, 0};
 
  private:
+  // scale / |q|, of a row that is gathered shrunk.
+  T shared_factor(int64_t position) const {
+    const T factor = p.scale * p.inverse_norm.get()[head * p.length + position] / p.shrink[head];
+    const T largest = std::numeric_limits<T>::max();
+    return factor > largest ? largest : factor;  // of a row of zeros among very long ones
+  }
+
+  // Keys that are padding and not finite become zeros: their weights are zero, and 0 * NaN is NaN.
+  void clear_padding() {
+    for (int64_t i = 0; i < padded_rows(); ++i) {
+      T* row = keys_.get() + i * p.width;
+      const bool padding = position_.get()[i] >= 0 && key_position_.get()[i] < 0;
+      if (padding && !is_finite<T>(row, p.head_dim)) std::fill_n(row, p.width, T(0));
+    }
+  }
+
   void read_chunk(int64_t c, int64_t row) {
     const int64_t chunk_round = line.round_of(c), first = c % line.per_round * line.chunk;
     const int32_t* order = p.order_of(head, chunk_round);
@@ -654,6 +737,7 @@ class Gathered {
 
     Keys<T>& keys = t.keys;
     keys.columns = pad_to_lanes<T>(t.n_keys);
+    keys.shrink = p.shared_qk ? p.shrink[head] : T(1);
     keys.causal = p.causal;
     keys.mask_self = p.mask_self;
     keys.correct_duplicates = p.correct_duplicates;
@@ -744,7 +828,7 @@ REFORMER_INLINE void join_row(const Accumulators<T>& into, int64_t position, con
   into.total[position] = new_total;
   into.peak[position] = new_peak;
   if (into.last_round && new_total != 0) {
-    into.peak[position] = new_peak + std::log(new_total);
+    into.peak[position] = stored_lse(new_peak + std::log(new_total));
     new_share /= new_total;
     old_share /= new_total;
   }
@@ -826,8 +910,8 @@ void forward(const ChunkedAttentionArgs& args, const at::Tensor& out, const at::
       const int64_t head = i / p.length, position = i % p.length;
       T* row = out_rows.head<T>(head) + position * out_rows.stride();
       if (p.mask_self && !p.is_padding(head, position)) {
-        visit_head<T>(p.v, head, [&](const auto* values) {
-          convert_row(values + position * p.v.stride(), p.head_dim, row);
+        visit_head<T>(p.own, head, [&](const auto* values) {
+          convert_row(values + position * p.own.stride(), p.head_dim, row);
         });
         lse_data[i] = static_cast<T>(kSelfOnlyLse);
       } else {
@@ -865,18 +949,23 @@ std::tuple<at::Tensor, at::Tensor> chunked_attention_cpu(const ChunkedAttentionA
 // Backward
 // -----------------------------------------------------------------------------------------
 
-// delta_i = dout_i . out_i - dlse_i, and the value's gradient of a query that saw only itself.
+// delta_i = dout_i . out_i - dlse_i, whether both cotangents are zero (then the query contributes
+// nothing to any gradient, whatever it is), and, if that is asked for, the value's gradient of a
+// query that saw only itself.
 template <typename T, typename S>
 REFORMER_CLONES void begin_gradients(const S* out, int64_t out_stride, const S* grad_out,
-                                     int64_t grad_stride, int64_t n, int64_t head_dim,
-                                     bool mask_self, const T* lse, const T* grad_lse, T* delta,
+                                     int64_t grad_stride, int64_t n, int64_t head_dim, bool pass_on,
+                                     const T* lse, const T* grad_lse, T* delta, uint8_t* silent,
                                      T* grad_v, int64_t grad_v_stride) {
   T out_scratch[kMaxHeadDim], grad_scratch[kMaxHeadDim];
   for (int64_t i = 0; i < n; ++i) {
     const T* grad = computing_row(grad_out + i * grad_stride, head_dim, grad_scratch);
     delta[i] = dot(grad, computing_row(out + i * out_stride, head_dim, out_scratch), head_dim);
     if (grad_lse) delta[i] -= grad_lse[i];
-    if (mask_self && lse[i] == static_cast<T>(kSelfOnlyLse)) {
+    bool any = grad_lse && grad_lse[i] != T(0);
+    for (int64_t d = 0; d < head_dim; ++d) any |= grad[d] != T(0);
+    silent[i] = !any;
+    if (pass_on && lse[i] == static_cast<T>(kSelfOnlyLse)) {
       std::copy_n(grad, head_dim, grad_v + i * grad_v_stride);
     }
   }
@@ -885,11 +974,11 @@ REFORMER_CLONES void begin_gradients(const S* out, int64_t out_stride, const S* 
 // Gradients of unit-length keys, over |q_j| -> those of q_j: the part along the key vanishes.
 template <typename T>
 REFORMER_CLONES void project(const T* keys, int64_t width, const Integer<T>* positions, int64_t n,
-                             const T* inverse_norm, int64_t head_dim, T* grads) {
+                             const T* inverse_norm, T clamped, int64_t head_dim, T* grads) {
   for (int64_t i = 0; i < n; ++i) {
     if (positions[i] < 0) continue;
     const T inverse = inverse_norm[positions[i]];
-    if (inverse == T(1) / static_cast<T>(kNormEps)) continue;  // a clamped norm is a constant
+    if (inverse == clamped) continue;  // a clamped norm is a constant
     const T* key = keys + i * width;
     T* grad = grads + i * width;
     const T along = dot(grad, key, head_dim) * inverse * inverse;
@@ -924,7 +1013,7 @@ struct BackwardScratch {
 template <typename T>
 REFORMER_CLONES void differentiate(BackwardScratch<T>& scratch,
                                    const typename Gathered<T>::Tile& tile, const T* lse,
-                                   const T* delta) {
+                                   const T* delta, const uint8_t* silent) {
   Gathered<T>& block = scratch.block;
   const Problem<T>& p = block.p;
   const int64_t width = p.width, columns = block.columns, depth = pad_to_lanes<T>(p.head_dim);
@@ -937,6 +1026,11 @@ REFORMER_CLONES void differentiate(BackwardScratch<T>& scratch,
            columns, tile.n, tile.keys.columns, p.head_dim, false);
   for (int64_t i = 0; i < tile.n; ++i) {
     const Query<T> query = block.query(tile.begin + i);
+    if (silent[query.position]) {
+      std::fill_n(scores + i * columns, tile.keys.columns, T(0));
+      std::fill_n(grads + i * columns, tile.keys.columns, T(0));
+      continue;
+    }
     differentiate_row(tile.keys, query, lse[query.position], delta[query.position],
                       scores + i * columns, grads + i * columns);
   }
@@ -960,6 +1054,7 @@ void backward(const ChunkedAttentionArgs& args, const ChunkedAttentionResults& r
   const at::Tensor grad_lse = results.grad_lse ? results.grad_lse->contiguous() : at::Tensor();
   const T* lse_data = lse.template const_data_ptr<T>();
   const Buffer<T> delta(lse.numel());
+  const Buffer<uint8_t> silent(lse.numel());
   at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t head = begin; head < end; ++head) {
       const auto clear = [&](const Rows& rows) {
@@ -973,12 +1068,20 @@ void backward(const ChunkedAttentionArgs& args, const ChunkedAttentionResults& r
       const T* head_grad_lse =
           grad_lse.defined() ? grad_lse.template const_data_ptr<T>() + head * p.length : nullptr;
       visit_head<T>(out, head, [&](const auto* rows) {
-        begin_gradients(rows, out.stride(),
-                        grad_out.head<std::remove_reference_t<decltype(*rows)>>(head),
-                        grad_out.stride(), p.length, p.head_dim, p.mask_self,
-                        lse_data + head * p.length, head_grad_lse, delta.get() + head * p.length,
-                        grad_v_rows.head<T>(head), grad_v_rows.stride());
+        begin_gradients(
+            rows, out.stride(), grad_out.head<std::remove_reference_t<decltype(*rows)>>(head),
+            grad_out.stride(), p.length, p.head_dim, p.mask_self && !args.own_values.has_value(),
+            lse_data + head * p.length, head_grad_lse, delta.get() + head * p.length,
+            silent.get() + head * p.length, grad_v_rows.head<T>(head), grad_v_rows.stride());
       });
+      if (p.shared_qk && p.padding.defined()) {  // padding is no query then, nor its cotangent one
+        visit_head<T>(grad_out, head, [&](const auto* rows) {
+          for (int64_t i = 0; i < p.length; ++i) {
+            silent.get()[head * p.length + i] |=
+                p.is_padding(head, i) && !is_finite<T>(rows + i * grad_out.stride(), p.head_dim);
+          }
+        });
+      }
     }
   });
 
@@ -993,16 +1096,21 @@ void backward(const ChunkedAttentionArgs& args, const ChunkedAttentionResults& r
       transpose(grad_values, p.width, padded, p.head_dim, scratch.values_t.get(), block.key_stride);
       gather(grad_out, head, p.head_dim, block.query_positions(), b.count * p.line.chunk,
              scratch.grad_out.get(), p.width);
+      const uint8_t* head_silent = silent.get() + head * p.length;
+      block.clear_queries(head_silent, scratch.grad_out.get());
+      if (!p.shared_qk) block.clear_queries(head_silent, block.separate_queries());
       std::fill_n(grad_keys, block.rows * p.width, T(0));
       std::fill_n(grad_values, block.rows * p.width, T(0));
       block.for_each_tile([&](const typename Gathered<T>::Tile& tile) {
-        differentiate(scratch, tile, lse_data + head * p.length, delta.get() + head * p.length);
+        differentiate(scratch, tile, lse_data + head * p.length, delta.get() + head * p.length,
+                      head_silent);
         scatter_add(scratch.grad_queries.get(), p.width, block.query_positions() + tile.begin,
                     tile.n, grad_q_rows.head<T>(head), grad_q_rows.stride(), p.head_dim);
       });
       if (p.shared_qk) {
         project(block.keys(), p.width, block.positions(), block.rows,
-                p.inverse_norm.get() + head * p.length, p.head_dim, grad_keys);
+                p.inverse_norm.get() + head * p.length, p.clamped_inverse(head), p.head_dim,
+                grad_keys);
       }
       const Rows& grad_key_rows = p.shared_qk ? grad_q_rows : grad_k_rows;
       scatter_add(grad_keys, p.width, block.positions(), block.rows, grad_key_rows.head<T>(head),

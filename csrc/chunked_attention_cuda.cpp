@@ -33,6 +33,7 @@ ChunkedAttentionArgs kernel_ready(ChunkedAttentionArgs args) {
   args.q = with_aligned_rows(args.q);
   args.v = with_aligned_rows(args.v);
   if (args.k.has_value()) args.k = with_aligned_rows(*args.k);
+  if (args.own_values.has_value()) args.own_values = with_aligned_rows(*args.own_values);
   for (auto* x : {&args.order, &args.key_padding_mask, &args.buckets}) make_contiguous(*x);
   return args;
 }
@@ -51,6 +52,7 @@ void fill(ChunkedAttentionParams& params, const ChunkedAttentionArgs& args) {
   params.q = view_of(args.q);
   if (!args.shared_qk()) params.k = view_of(*args.k);
   params.v = view_of(args.v);
+  params.own_values = view_of(args.own_values.value_or(args.v));
   params.order = data_of<int32_t>(args.order);
   params.buckets = data_of<int32_t>(args.buckets);
   params.key_padding_mask = data_of<bool>(args.key_padding_mask);
@@ -119,6 +121,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> chunked_attention_backward_cuda(
   params.grad_q = view_of(grad_q);
   if (!args.shared_qk()) params.grad_k = view_of(grad_k);
   params.grad_v = view_of(grad_v);
+  params.own_values_apart = args.own_values.has_value();
   const at::Tensor workspace =
       allocate_workspace(grad_q, kernels::chunked_attention_backward_workspace(params));
   params.workspace = workspace.mutable_data_ptr();

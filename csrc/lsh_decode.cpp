@@ -85,8 +85,7 @@ void check_lsh_decode(const at::Tensor& q, const at::Tensor& keys, const at::Ten
   constexpr const char* op = "lsh_decode";
   check_cache(op, keys, values, table, counts, "q", q, buckets);
   if (own_values.has_value()) check_like(op, "own_values", *own_values, q, "like q");
-  REFORMER_CHECK(!scale.has_value() || std::isfinite(*scale), op, ": expected a finite scale, got ",
-                 scale.value_or(0.0));
+  check_scale(op, scale, q);
   if (before.has_value()) check_positions(op, "before", *before, q);
 }
 

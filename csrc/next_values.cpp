@@ -41,9 +41,20 @@ void check_next_values(const at::Tensor& v, const at::Tensor& value_mix,
 
 void check_next_values_backward(const at::Tensor& grad, const at::Tensor& v,
                                 const at::Tensor& value_mix,
-                                const std::optional<at::Tensor>& key_padding_mask, bool causal) {
+                                const std::optional<at::Tensor>& key_padding_mask, bool causal,
+                                const std::optional<at::Tensor>& own_grad,
+                                const std::optional<at::Tensor>& lse) {
+  constexpr const char* op = "next_values_backward";
   check_next_values(v, value_mix, key_padding_mask, causal);
-  check_like("next_values_backward", "grad", grad, v, "like v");
+  check_like(op, "grad", grad, v, "like v");
+  REFORMER_CHECK(own_grad.has_value() == lse.has_value(), op,
+                 ": expected own_grad and lse together, got ",
+                 lse.has_value() ? "lse alone" : "own_grad alone");
+  if (!lse.has_value()) return;
+  check_like(op, "own_grad", *own_grad, v, "like v");
+  check_shape(op, "lse", *lse, v.sym_sizes().slice(0, 3), "(batch, heads, length)");
+  check_dtype(op, "lse", *lse, v.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  check_device(op, "lse", *lse, v);
 }
 
 at::Tensor wide_value_mix(const at::Tensor& v, const at::Tensor& value_mix) {
@@ -58,19 +69,17 @@ at::Tensor next_values(const at::Tensor& v, const at::Tensor& value_mix,
   return op.call(v, value_mix, key_padding_mask, causal);
 }
 
-namespace {
-
-using Gradients = std::tuple<at::Tensor, at::Tensor>;
-
-// Through the dispatcher.
-Gradients next_values_backward(const at::Tensor& grad, const at::Tensor& v,
-                               const at::Tensor& value_mix,
-                               const std::optional<at::Tensor>& key_padding_mask, bool causal) {
+std::tuple<at::Tensor, at::Tensor> next_values_backward(
+    const at::Tensor& grad, const at::Tensor& v, const at::Tensor& value_mix,
+    const std::optional<at::Tensor>& key_padding_mask, bool causal,
+    const std::optional<at::Tensor>& own_grad, const std::optional<at::Tensor>& lse) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("reformer::next_values_backward", "")
                              .typed<decltype(next_values_backward)>();
-  return op.call(grad, v, value_mix, key_padding_mask, causal);
+  return op.call(grad, v, value_mix, key_padding_mask, causal, own_grad, lse);
 }
+
+namespace {
 
 at::Tensor next_values_meta(const at::Tensor& v, const at::Tensor& value_mix,
                             const std::optional<at::Tensor>& key_padding_mask, bool causal) {
@@ -78,11 +87,11 @@ at::Tensor next_values_meta(const at::Tensor& v, const at::Tensor& value_mix,
   return chunked_attention_output(v);
 }
 
-Gradients next_values_backward_meta(const at::Tensor& grad, const at::Tensor& v,
-                                    const at::Tensor& value_mix,
-                                    const std::optional<at::Tensor>& key_padding_mask,
-                                    bool causal) {
-  check_next_values_backward(grad, v, value_mix, key_padding_mask, causal);
+std::tuple<at::Tensor, at::Tensor> next_values_backward_meta(
+    const at::Tensor& grad, const at::Tensor& v, const at::Tensor& value_mix,
+    const std::optional<at::Tensor>& key_padding_mask, bool causal,
+    const std::optional<at::Tensor>& own_grad, const std::optional<at::Tensor>& lse) {
+  check_next_values_backward(grad, v, value_mix, key_padding_mask, causal, own_grad, lse);
   return {chunked_attention_output(v),
           at::empty_symint(value_mix.sym_sizes(), value_mix.options())};
 }
@@ -133,8 +142,8 @@ TORCH_LIBRARY_FRAGMENT(reformer, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "next_values_backward(Tensor grad, Tensor v, Tensor value_mix, "
-      "Tensor? key_padding_mask=None, *, bool causal=True) "
-      "-> (Tensor grad_v, Tensor grad_value_mix)",
+      "Tensor? key_padding_mask=None, *, bool causal=True, Tensor? own_grad=None, "
+      "Tensor? lse=None) -> (Tensor grad_v, Tensor grad_value_mix)",
       {at::Tag::pt2_compliant_tag});
 }
 

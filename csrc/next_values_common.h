@@ -19,7 +19,16 @@ void check_next_values(const at::Tensor& v, const at::Tensor& value_mix,
                        const std::optional<at::Tensor>& key_padding_mask, bool causal);
 void check_next_values_backward(const at::Tensor& grad, const at::Tensor& v,
                                 const at::Tensor& value_mix,
-                                const std::optional<at::Tensor>& key_padding_mask, bool causal);
+                                const std::optional<at::Tensor>& key_padding_mask, bool causal,
+                                const std::optional<at::Tensor>& own_grad,
+                                const std::optional<at::Tensor>& lse);
+
+// The gradients of v and value_mix, through the dispatcher. own_grad [B, H, L, D] is added to that
+// of v where lse [B, H, L], of an attention, is kSelfOnlyLse.
+std::tuple<at::Tensor, at::Tensor> next_values_backward(
+    const at::Tensor& grad, const at::Tensor& v, const at::Tensor& value_mix,
+    const std::optional<at::Tensor>& key_padding_mask, bool causal,
+    const std::optional<at::Tensor>& own_grad = {}, const std::optional<at::Tensor>& lse = {});
 
 // value_mix in the type that is computed in, contiguous: float32, float64 for float64.
 at::Tensor wide_value_mix(const at::Tensor& v, const at::Tensor& value_mix);

@@ -160,6 +160,19 @@ REFORMER_CLONES void sum_products(const S* v, int64_t stride, const S* grad, int
   }
 }
 
+// The gradients of queries that met only themselves go to their own values.
+template <typename T, typename S>
+void add_own(const T* lse, int64_t count, const S* own, int64_t stride, int64_t head_dim, S* to,
+             int64_t to_stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (lse[i] != static_cast<T>(kSelfOnlyLse)) continue;
+    for (int64_t d = 0; d < head_dim; ++d) {
+      S& sum = to[i * to_stride + d];
+      sum = static_cast<S>(static_cast<T>(sum) + static_cast<T>(own[i * stride + d]));
+    }
+  }
+}
+
 // task(block's index, batch, first position, bits of its positions, how many).
 template <typename Task>
 void for_each_block(const at::Tensor& v, const Padding& padding, const Task& task) {
@@ -210,9 +223,13 @@ at::Tensor next_values_cpu(const at::Tensor& v_given, const at::Tensor& value_mi
 
 std::tuple<at::Tensor, at::Tensor> next_values_backward_cpu(
     const at::Tensor& grad_given, const at::Tensor& v_given, const at::Tensor& value_mix,
-    const std::optional<at::Tensor>& key_padding_mask, bool causal) {
-  check_next_values_backward(grad_given, v_given, value_mix, key_padding_mask, causal);
+    const std::optional<at::Tensor>& key_padding_mask, bool causal,
+    const std::optional<at::Tensor>& own_grad, const std::optional<at::Tensor>& lse_given) {
+  check_next_values_backward(grad_given, v_given, value_mix, key_padding_mask, causal, own_grad,
+                             lse_given);
   const at::Tensor v = with_dense_rows(v_given), grad = with_dense_rows(grad_given);
+  const at::Tensor own = own_grad.has_value() ? with_dense_rows(*own_grad) : v;  // or unused
+  const at::Tensor lse = lse_given.has_value() ? lse_given->contiguous() : at::Tensor();
   const at::Tensor grad_v = chunked_attention_output(v_given);
   const at::Tensor wide = wide_value_mix(v, value_mix);
   const at::Tensor grad_mix = at::empty(wide.sizes(), wide.options());
@@ -221,7 +238,7 @@ std::tuple<at::Tensor, at::Tensor> next_values_backward_cpu(
   dispatch_stored(v, [&](auto stored) {
     using S = decltype(stored);
     using T = Wide<S>;
-    const Heads<const S> values(v), grads(grad);
+    const Heads<const S> values(v), grads(grad), own_grads(own);
     const Heads<S> to(grad_v);
     std::vector<double> parts(blocks * heads * 3);
     for_each_block(
@@ -232,6 +249,11 @@ std::tuple<at::Tensor, at::Tensor> next_values_backward_cpu(
             sum_block<T, S>(grad_rows, grads.stride_l, bits, count, head_dim,
                             Mix<T>(wide.const_data_ptr<T>(), heads, h, causal), causal, true,
                             to.rows(b, h) + first * to.stride_l, to.stride_l);
+            if (lse.defined()) {
+              add_own(lse.const_data_ptr<T>() + (b * heads + h) * v.size(2) + first, count,
+                      own_grads.rows(b, h) + first * own_grads.stride_l, own_grads.stride_l,
+                      head_dim, to.rows(b, h) + first * to.stride_l, to.stride_l);
+            }
             sum_products<T, S>(values.rows(b, h) + first * values.stride_l, values.stride_l,
                                grad_rows, grads.stride_l, bits, count, head_dim, causal,
                                parts.data() + (block * heads + h) * 3);

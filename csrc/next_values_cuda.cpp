@@ -52,9 +52,11 @@ at::Tensor next_values_cuda(const at::Tensor& v_given, const at::Tensor& value_m
 
 std::tuple<at::Tensor, at::Tensor> next_values_backward_cuda(
     const at::Tensor& grad_given, const at::Tensor& v_given, const at::Tensor& value_mix,
-    const std::optional<at::Tensor>& key_padding_mask, bool causal) {
+    const std::optional<at::Tensor>& key_padding_mask, bool causal,
+    const std::optional<at::Tensor>& own_grad_given, const std::optional<at::Tensor>& lse_given) {
   const c10::cuda::CUDAGuard guard(v_given.device());
-  check_next_values_backward(grad_given, v_given, value_mix, key_padding_mask, causal);
+  check_next_values_backward(grad_given, v_given, value_mix, key_padding_mask, causal,
+                             own_grad_given, lse_given);
   const at::Tensor grad_v = chunked_attention_output(v_given);
   const at::Tensor mix = wide_value_mix(v_given, value_mix);
   const at::Tensor grad_mix = at::empty(mix.sizes(), mix.options());
@@ -65,6 +67,14 @@ std::tuple<at::Tensor, at::Tensor> next_values_backward_cuda(
   fill(params, v, mix, mask, causal);
   params.grad = rows_of(grad);
   params.grad_v = rows_of(grad_v);
+  at::Tensor own_grad, lse;
+  if (lse_given.has_value()) {
+    own_grad = with_aligned_rows(*own_grad_given);
+    lse = lse_given->contiguous();
+    params.own_grad = rows_of(own_grad);
+    params.lse = lse.const_data_ptr<float>();
+    params.self_only_lse = static_cast<float>(kSelfOnlyLse);
+  }
   params.grad_value_mix = grad_mix.mutable_data_ptr<float>();
   const at::Tensor workspace = at::empty({kernels::next_values_backward_workspace(params)},
                                          grad_v.options().dtype(at::kByte));

@@ -31,6 +31,12 @@ struct AttentionOptions {
   double dropout_p = 0.0;                      // of the attention weights
   std::optional<at::Tensor>
       dropout_seed;  // int64, one element, on q's device; required if dropout_p > 0
+  // Only with mask_self. [B, H, L, D], what a query gets in place of its v that meets only itself.
+  std::optional<at::Tensor> own_values;
+  // Only with mask_self, without own_values. [2 or 3, H]: the values are next_values(v, value_mix,
+  // key_padding_mask, causal), but a query that meets only itself gets its v; as these two calls
+  // do, with fewer passes over the gradients.
+  std::optional<at::Tensor> value_mix;
 };
 
 // Buckets of x by random rotations: per factor argmax([xR; -xR]) (Reformer, section 2).

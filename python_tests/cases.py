@@ -51,6 +51,11 @@ class AttentionCase:
         return self.head_dim % 8 == 0
 
     @property
+    def masks_self(self) -> bool:
+        """Whether a query attends to itself only if it meets nothing else."""
+        return self.shared if self.mask_self is None else self.mask_self
+
+    @property
     def options(self) -> dict[str, object]:
         """The keyword arguments that are no tensors; the dropout seed is an int."""
         names = {field.name for field in fields(self)} & {

@@ -97,9 +97,11 @@ def attention_cotangents(
 def attend(
     implementation: object, case: AttentionCase, indices: dict[str, Tensor | None]
 ) -> Callable:
-    def function(q: Tensor, v: Tensor, k: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def function(
+        q: Tensor, v: Tensor, k: Tensor | None = None, **more: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return implementation.chunked_attention(  # type: ignore[attr-defined]
-            q, k, v, **indices, **case.options
+            q, k, v, **indices, **case.options, **more
         )
 
     return function
@@ -361,6 +363,111 @@ def test_nan_stays_with_its_readers(name: str, where: str, device: str, dtype: t
     assert torch.equal(out[far], clean[far])
 
 
+INERT_CASES = [
+    AttentionCase("inert", length=100, rounds=3, padding="scattered", causal=True),
+    AttentionCase("inert-full", batch=2, length=65, padding="row"),
+    AttentionCase("inert-bucket", length=65, padding="tail", same_bucket=True, dropout_p=0.2),
+    AttentionCase("inert-separate", length=100, shared=False, padding="scattered", look_ahead=1),
+    AttentionCase("inert-local", rounds=0, shared=False, padding="head", causal=True),
+    *[
+        AttentionCase(
+            f"fast-inert-{size}{'-causal' if causal else ''}",
+            length=330,
+            head_dim=size,
+            rounds=4,
+            chunk_size=64,
+            causal=causal,
+            padding="scattered",
+        )
+        for size in (32, 64, 128)
+        for causal in (True, False)
+    ],
+    *[
+        AttentionCase(
+            f"fast-inert-{name}",
+            length=330,
+            head_dim=64,
+            rounds=4,
+            chunk_size=64,
+            n_buckets=10,
+            padding="scattered",
+            same_bucket=name == "bucket",
+            dropout_p=0.1 if name == "dropout" else 0.0,
+        )
+        for name in ("bucket", "dropout")
+    ],
+    *[
+        AttentionCase(
+            f"fast-inert-local-{size}",
+            rounds=0,
+            shared=False,
+            length=301,
+            head_dim=size,
+            chunk_size=128,
+            causal=True,
+            padding="scattered",
+        )
+        for size in (32, 64, 128)
+    ],
+]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("device", "dtype", "case"), everywhere(INERT_CASES))
+def test_padding_is_inert(case: AttentionCase, bad: float, device: str, dtype: torch.dtype) -> None:
+    """What is at padding, in vectors or in cotangents, changes nothing elsewhere: not a bit."""
+    inputs, indices = case.vectors(device, dtype), case.indices(device)
+    mask = indices["key_padding_mask"]
+    assert mask is not None and mask.any() and not mask.all()
+    # Separate keys: masked positions are no keys, but still queries, whose outputs nobody reads.
+    out, lse = attention_cotangents(case, device, dtype)
+    rest = [out.masked_fill(mask[:, None, :, None], 0.0), lse.masked_fill(mask[:, None], 0.0)]
+    at = mask[:, None, :, None]
+    function = attend(reformer_ext, case, indices)
+    zeros = {n: x.detach().masked_fill(at, 0.0).requires_grad_() for n, x in inputs.items()}
+    dirty = {n: x.detach().masked_fill(at, bad).requires_grad_() for n, x in inputs.items()}
+    expected = differentiate(function, zeros, rest)
+    got = differentiate(function, dirty, rest)
+    real = ~mask[:, None].expand(lse.shape)
+    for name, value in got.items():
+        assert torch.equal(value[real], expected[name][real]), name
+        if name.startswith("grad"):
+            assert not value.isnan().any(), name
+    if case.shared:  # not even a cotangent
+        spoilt = [rest[0].masked_fill(at, bad), rest[1]]
+        for name, value in differentiate(function, dirty, spoilt).items():
+            assert torch.equal(value[real], expected[name][real]), name
+
+
+@pytest.mark.parametrize(
+    ("shared", "size"), [(True, 1e4), (True, 1e8), (True, 1e19), (True, 1e37), (False, 1e4)]
+)
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("cpu", torch.float32), ("cpu", torch.bfloat16), gpu("cuda", torch.float32)],
+)
+def test_large_logits(shared: bool, size: float, device: str, dtype: torch.dtype) -> None:
+    """No weight is beyond 1 and nothing overflows on the way: gradients stay what they may be."""
+    if device == "cuda" and size > 1e8:
+        pytest.skip("squares of norms overflow there")
+    case = AttentionCase("large", length=100, shared=shared, rounds=2, causal=True)
+    inputs, indices = case.vectors(device, dtype), case.indices(device)
+    inputs = {
+        name: (x if name == "v" else size * x).detach().requires_grad_()
+        for name, x in inputs.items()
+    }
+    cotangents = attention_cotangents(case, device, dtype)
+    got = differentiate(attend(reformer_ext, case, indices), inputs, cotangents)
+    oracle = differentiate(attend(reference, case, indices), upcast(inputs), cotangents)
+    for name, value in got.items():
+        assert value.isfinite().all(), name
+    queries = 2 * 2 * case.chunk_size * case.rounds  # that meet a key, at most
+    assert got["grad_v"].abs().max() <= queries * cotangents[0].abs().max()
+    if shared and size <= 1e4 and dtype == torch.float32:
+        torch.testing.assert_close(got["out"].double(), oracle["out"], rtol=0.02, atol=0.02)
+        torch.testing.assert_close(got["grad_v"].double(), oracle["grad_v"], rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize(("device", "dtype"), device_dtypes())
 def test_a_zero_query_keeps_gradients_finite(device: str, dtype: torch.dtype) -> None:
     q, v = torch.randn(2, 1, 2, 40, 16, device=device, dtype=dtype)
@@ -372,6 +479,250 @@ def test_a_zero_query_keeps_gradients_finite(device: str, dtype: torch.dtype) ->
     assert out.isfinite().all() and lse.isfinite().all()
     assert grads[0][:, :, others].isfinite().all() and grads[1].isfinite().all()
     assert not grads[0].isnan().any()
+
+
+# Own values, next values --------------------------------------------------------------------------
+
+OWN_VALUES_CASES = [
+    case
+    for case in ATTENTION_CASES
+    if case.id
+    in {
+        "default",
+        "local-shared",
+        "shared-mask_self",
+        "shared-causal-mask_self-wrap",
+        "separate-causal-mask_self",
+        "length-1",
+        "length-65",
+        "alone-in-bucket",
+        "alone-dropout",
+        "alone-separate",
+        "padding-row",
+        "padding-head",
+        "duplicates-causal",
+        "head_dim-20",
+        "head_dim-256",
+        "transposed",
+        "expanded",
+        "batch-0",
+        "fast-200x3",
+        "fast-head_dim-128-padding",
+        "fast-bucket-32",
+        "fast-bucket-dropout-64",
+        "fast-local-wrap-mask_self",
+    }
+]
+
+
+@pytest.mark.parametrize("given", ["own_values", "value_mix"])
+@pytest.mark.parametrize(("device", "dtype", "case"), everywhere(OWN_VALUES_CASES))
+def test_own_and_next_values(
+    case: AttentionCase, given: str, device: str, dtype: torch.dtype
+) -> None:
+    inputs, indices = case.vectors(device, dtype), case.indices(device)
+    if given == "own_values":
+        inputs["own_values"] = case.vectors(device, dtype, seed=1)["v"]
+    else:
+        mixed, _ = next_values_inputs(case, device, dtype)
+        inputs["value_mix"] = mixed["value_mix"]
+    cotangents = attention_cotangents(case, device, dtype)
+    got = differentiate(attend(reformer_ext, case, indices), inputs, cotangents)
+    twin = differentiate(attend(reference, case, indices), inputs, cotangents)
+    oracle = differentiate(attend(reference, case, indices), upcast(inputs), cotangents)
+    for name, expected in oracle.items():
+        assert_accurate(name, got[name], twin[name], expected, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize(("device", "dtype", "case"), everywhere(OWN_VALUES_CASES))
+def test_value_mix_is_next_values_with_own_values(
+    case: AttentionCase, device: str, dtype: torch.dtype
+) -> None:
+    """One operator or two: the same bits forward, gradients of v but for the last rounding."""
+    inputs, indices = case.vectors(device, dtype), case.indices(device)
+    mixed, mask = next_values_inputs(case, device, dtype)
+    inputs["value_mix"] = mixed["value_mix"]
+    cotangents = attention_cotangents(case, device, dtype)
+    function = attend(reformer_ext, case, indices)
+
+    def two(v: Tensor, value_mix: Tensor, **others: Tensor) -> tuple[Tensor, Tensor]:
+        w = reformer_ext.next_values(v, value_mix, mask, causal=case.causal)
+        return function(v=w, own_values=v, **others)
+
+    got = differentiate(function, inputs, cotangents)
+    expected = differentiate(two, inputs, cotangents)
+    for name, value in got.items():
+        if name == "grad_v":
+            torch.testing.assert_close(value, expected[name])
+        else:
+            assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in ATTENTION_CASES if case.causal and case.masks_self], ids=str
+)
+def test_next_values_show_nothing_of_the_future(case: AttentionCase) -> None:
+    """The gradient of output i by the values after i is exactly zero, and so is their influence."""
+    inputs, indices = case.vectors("cpu", torch.float64), case.indices("cpu")
+    (mix, v), mask = (
+        (torch.rand(2, case.heads).double(), inputs.pop("v")),
+        indices["key_padding_mask"],
+    )
+    attention = attend(reformer_ext, case, indices)
+
+    def output(v: Tensor, fused: bool) -> Tensor:
+        if fused:
+            return attention(**inputs, v=v, value_mix=mix)[0]
+        w = reformer_ext.next_values(v, mix, mask)
+        return attention(**inputs, v=w, own_values=v)[0]
+
+    borders = [at for chunk in range(0, case.length, 64) for at in (chunk - 1, chunk)]
+    some = {0, 1, 2, case.length // 3, case.length // 2, case.length - 2, *borders}
+    for fused in (True, False):
+        out = output(v, fused)
+        for i in sorted(i for i in some if 0 <= i < case.length):
+            (grad,) = torch.autograd.grad(out[:, :, i].sum(), v, retain_graph=True)
+            assert not grad[:, :, i + 1 :].any(), i
+            noise = torch.cat([v[:, :, : i + 1], torch.randn_like(v[:, :, i + 1 :])], dim=2)
+            assert torch.equal(output(noise, fused)[:, :, : i + 1], out[:, :, : i + 1]), i
+
+
+def test_next_values_through_lsh_attention() -> None:
+    case = AttentionCase("lsh", length=150, head_dim=16, heads=2)
+    q, v = case.vectors("cpu", torch.float64).values()
+    mix = torch.rand(2, 2).double().requires_grad_()
+    options = {"n_hashes": 3, "chunk_size": 16, "n_buckets": 8, "causal": True}
+    _, buckets = reformer_ext.lsh_attention(q, v, **options, return_buckets=True)
+    fused = reformer_ext.lsh_attention(q, v, buckets=buckets, value_mix=mix, **options)
+    w = reformer_ext.next_values(v, mix)
+    out = reformer_ext.lsh_attention(q, w, buckets=buckets, own_values=v, **options)
+    assert torch.equal(out, fused) and torch.equal(out[:, :, 0], v[:, :, 0])
+    cotangent = torch.randn_like(out)
+    for one, two in zip(
+        torch.autograd.grad(fused, (q, v, mix), cotangent),
+        torch.autograd.grad(out, (q, v, mix), cotangent, retain_graph=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    for i in (0, 1, 15, 16, 77, 148):
+        (grad,) = torch.autograd.grad(out[:, :, i].sum(), v, retain_graph=True)
+        assert grad.any() and not grad[:, :, i + 1 :].any()
+
+
+@pytest.mark.parametrize("given", ["own_values", "value_mix"])
+@pytest.mark.parametrize("name", ["default", "padding-head", "alone-in-bucket"])
+def test_gradcheck_own_and_next_values(name: str, given: str) -> None:
+    case = attention_case(name)
+    small = AttentionCase(
+        **{**vars(case), "batch": 1, "heads": 2, "length": 13, "head_dim": 3, "chunk_size": 4}
+    )
+    inputs, indices = small.vectors("cpu", torch.float64), small.indices("cpu")
+    if given == "own_values":
+        inputs["own_values"] = small.vectors("cpu", torch.float64, seed=1)["v"]
+    else:
+        inputs["value_mix"] = next_values_inputs(small, "cpu", torch.float64)[0]["value_mix"]
+    function = attend(reformer_ext, small, indices)
+
+    def finite(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = function(**dict(zip(inputs, tensors, strict=True)))
+        return out, lse.masked_fill(lse.isinf(), 0.0)
+
+    assert torch.autograd.gradcheck(finite, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+@pytest.mark.parametrize("given", ["own_values", "value_mix"])
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", ["default", "transposed", "padding-row", "batch-0"])
+def test_opcheck_own_and_next_values(
+    name: str, requires_grad: bool, given: str, device: str
+) -> None:
+    case = attention_case(name)
+    vectors = case.vectors(device, torch.float32, requires_grad=requires_grad)
+    options = {**case.options, **case.indices(device)}
+    order = options.pop("order")
+    if given == "own_values":
+        options[given] = torch.randn_like(vectors["v"]).requires_grad_(requires_grad)
+    else:
+        mix, _ = next_values_inputs(case, device, torch.float32)
+        options[given] = mix["value_mix"].detach().requires_grad_(requires_grad)
+    args = (vectors["q"], None, vectors["v"], order)
+    torch.library.opcheck(ops.chunked_attention.default, args, options)
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu("cuda")])
+def test_own_and_next_values_under_autocast(device: str) -> None:
+    qk, v, own = torch.randn(3, 1, 2, 40, 16, device=device)
+    mix = torch.rand(2, 2, device=device)
+    options = {"chunk_size": 16, "causal": True}
+    half = {"own_values": own.bfloat16()}
+    for more, expected in [({"own_values": own}, half), ({"value_mix": mix}, {"value_mix": mix})]:
+        with torch.autocast(device, torch.bfloat16):
+            out, _ = reformer_ext.chunked_attention(qk, None, v, **options, **more)
+        assert out.dtype == torch.bfloat16
+        args = (qk.bfloat16(), None, v.bfloat16())
+        assert torch.equal(out, reformer_ext.chunked_attention(*args, **options, **expected)[0])
+
+
+def test_own_and_next_values_errors() -> None:
+    qk, k, v = torch.randn(3, 1, 2, 40, 16)
+    mix = torch.rand(2, 2)
+    for arguments, options, message in [
+        (
+            (qk, k, v),
+            {"own_values": v},
+            "expected own_values only with mask_self, under which a query may meet only itself, "
+            "got mask_self false",
+        ),
+        (
+            (qk, None, v),
+            {"own_values": v, "mask_self": False},
+            "expected own_values only with mask_self, under which a query may meet only itself, "
+            "got mask_self false",
+        ),
+        (
+            (qk, k, v),
+            {"value_mix": mix, "causal": True},
+            "expected value_mix only with mask_self, under which no query attends to itself, "
+            "got mask_self false",
+        ),
+        (
+            (qk, None, v),
+            {"value_mix": mix, "own_values": v, "causal": True},
+            "expected value_mix without own_values, which are then v, got both",
+        ),
+        (
+            (qk, None, v),
+            {"own_values": v[:, :1]},
+            "expected own_values of shape [1, 2, 40, 16] like q, got [1, 1, 40, 16]",
+        ),
+        (
+            (qk, None, v),
+            {"own_values": v.double()},
+            "expected own_values of dtype Float, got Double",
+        ),
+    ]:
+        with pytest.raises(RuntimeError) as raised:
+            reformer_ext.chunked_attention(*arguments, **options)
+        assert str(raised.value).splitlines()[0] == f"chunked_attention: {message}"
+    with pytest.raises(RuntimeError, match=r"next_values: expected value_mix of shape \[3, 2\]"):
+        reformer_ext.chunked_attention(qk, None, v, value_mix=mix)
+
+
+@pytest.mark.parametrize(("device", "dtype"), device_dtypes())
+def test_an_lse_that_is_the_mark_by_chance(device: str, dtype: torch.dtype) -> None:
+    """One key, at a logit of exactly -1e5: an attention like any other, with its gradients."""
+    q, k = torch.full((1, 1, 2, 8), -100.0), torch.full((1, 1, 2, 8), 125.0)
+    v = torch.randn(1, 1, 2, 8, generator=torch.Generator().manual_seed(0))
+    q, k, v = (x.to(device, dtype).requires_grad_() for x in (q, k, v))
+    options = {"chunk_size": 2, "causal": True, "mask_self": True, "scale": 1.0}
+    out, lse = reformer_ext.chunked_attention(q, k, v, **options)
+    assert lse[0, 0, 0] == -1e5 and lse[0, 0, 1] != -1e5
+    assert abs(lse[0, 0, 1].item() + 1e5) < 0.01
+    assert torch.equal(out[:, :, 1], v[:, :, 0])
+    (grad_v,) = torch.autograd.grad(out, v, torch.ones_like(out))
+    torch.testing.assert_close(grad_v[:, :, 0], torch.full_like(v[:, :, 0], 2.0), rtol=0.02, atol=0)
+    assert not grad_v[:, :, 1].any()
 
 
 # lsh_hash, bucket_sort, merge_attention, lsh_attention --------------------------------------------
@@ -916,6 +1267,28 @@ def test_lsh_attention_takes_any_length(device: str) -> None:
         assert torch.equal(out[:, :, 0], v[:, :, 0])  # the first token has only itself
         out.sum().backward()
         assert qk.grad is not None and qk.grad.isfinite().all()
+
+
+def test_numbers_that_are_none() -> None:
+    q, v = torch.randn(2, 1, 1, 40, 16)
+    for options, message in [
+        ({"scale": math.nan}, "expected a finite scale, got nan"),
+        ({"scale": math.inf}, "expected a finite scale, got inf"),
+        ({"scale": 1e300}, "expected a scale that is finite in float32, got 1e+300"),
+        ({"scale": -1e39}, "expected a scale that is finite in float32, got -1e+39"),
+        (
+            {"dropout_p": 0.5, "dropout_seed": 1.5},
+            "expected dropout_seed to be an int or an int64 tensor, got 1.5",
+        ),
+    ]:
+        with pytest.raises(RuntimeError) as raised:
+            reformer_ext.chunked_attention(q, None, v, **options)
+        assert str(raised.value).splitlines()[0] == f"chunked_attention: {message}"
+    out, _ = reformer_ext.chunked_attention(q.double(), None, v.double(), scale=1e39)
+    assert out.isfinite().all()
+    for sizes in [(math.nan, 64), (100.0, 64), (100, 0.5), (True, 64)]:
+        with pytest.raises(ValueError, match="default_n_buckets: expected integers length and"):
+            reformer_ext.default_n_buckets(*sizes)
 
 
 def test_default_n_buckets() -> None:

@@ -11,7 +11,10 @@ _OPTIONS = (
     "int chunk_size=64, int look_back=1, int look_ahead=0, bool causal=False, "
     "bool? mask_self=None, bool? wrap=None, float? scale=None, Tensor? key_padding_mask=None, "
 )
-_DROPOUT = "bool correct_duplicates=False, float dropout_p=0., Tensor? dropout_seed=None"
+_DROPOUT = (
+    "bool correct_duplicates=False, float dropout_p=0., Tensor? dropout_seed=None, "
+    "Tensor? own_values=None, Tensor? value_mix=None"
+)
 SCHEMAS = {
     "apply_rotary": "reformer::apply_rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor",
     "split_heads": (
@@ -26,8 +29,8 @@ SCHEMAS = {
     ),
     "next_values_backward": (
         "reformer::next_values_backward(Tensor grad, Tensor v, Tensor value_mix, "
-        "Tensor? key_padding_mask=None, *, bool causal=True) "
-        "-> (Tensor grad_v, Tensor grad_value_mix)"
+        "Tensor? key_padding_mask=None, *, bool causal=True, Tensor? own_grad=None, "
+        "Tensor? lse=None) -> (Tensor grad_v, Tensor grad_value_mix)"
     ),
     "lsh_hash": (
         "reformer::lsh_hash(Tensor x, Tensor rotations, int[] n_buckets, "

@@ -14,6 +14,8 @@ class AttentionOptions:
     correct_duplicates: bool
     dropout_p: float
     dropout_seed: Tensor | None
+    own_values: Tensor | None
+    value_mix: Tensor | None
     def __init__(self) -> None: ...
 
 def lsh_hash(

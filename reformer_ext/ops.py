@@ -48,6 +48,12 @@ def default_n_buckets(length: int, chunk_size: int = 64) -> list[int]:
     65,536 positions in chunks of 64 give ``[32, 64]``. Raises ValueError if either is below 1, and
     in ``torch.export`` for a length whose range has more than one answer: a graph has one.
     """
+    for size in (length, chunk_size):
+        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+            raise ValueError(
+                f"default_n_buckets: expected integers length and chunk_size, "
+                f"got {length} and {chunk_size}"
+            )
     if exports_any(length):
         return _default_factors(_exported_bits(length, chunk_size))
     if length < 1 or chunk_size < 1:
@@ -186,14 +192,16 @@ def chunked_attention(
     correct_duplicates: bool = False,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    own_values: Tensor | None = None,
+    value_mix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention inside the chunks of a permutation and between neighbouring chunks.
 
     Each round's sorted list is cut into chunks of ``chunk_size`` (the last may be short); a query
     attends to its own chunk, ``look_back`` before and ``look_ahead`` after it. One softmax runs
     over all (round, key) slots, which equals combining the rounds by their log-sum-exp (Reformer,
-    section 2, equation 6). Memory is linear in L. Differentiable in q, k and v through both
-    outputs.
+    section 2, equation 6). Memory is linear in L. Differentiable in q, k, v, own_values and
+    value_mix through both outputs.
 
     Args:
         q: ``(B, H, L, D)``.
@@ -217,6 +225,11 @@ def chunked_attention(
         dropout_seed: an int, or an int64 tensor with one element on q's device (for CUDA graphs and
             torch.compile). The mask depends on it and on the pair alone, not on the device.
             Default: drawn from torch's global generator when ``dropout_p > 0``.
+        own_values: the same shape as v, only with mask_self: what a query gets in place of its v
+            that meets only itself.
+        value_mix: ``(2, H)``, not causal ``(3, H)``, only with mask_self: attends to
+            ``next_values(v, value_mix, key_padding_mask, causal=causal)`` with v as own_values. The
+            same as those two calls, with fewer passes over the gradients.
 
     Returns:
         ``out (B, H, L, D)`` and ``lse (B, H, L)``, the natural log of each query's sum of
@@ -242,6 +255,8 @@ def chunked_attention(
         correct_duplicates=correct_duplicates,
         dropout_p=dropout_p,
         dropout_seed=seed_tensor(dropout_seed, dropout_p, q.device),
+        own_values=own_values,
+        value_mix=value_mix,
     )
 
 
@@ -267,6 +282,8 @@ def lsh_attention(
     correct_duplicates: bool = False,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    own_values: Tensor | None = None,
+    value_mix: Tensor | None = None,
     return_lse: bool = False,
     return_buckets: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -289,8 +306,8 @@ def lsh_attention(
             hashed, as in the recomputation of a reversible layer.
         same_bucket: only pairs of the same bucket attend.
         look_back, look_ahead, causal, mask_self, wrap, scale, key_padding_mask, correct_duplicates,
-            dropout_p, dropout_seed: as in :func:`chunked_attention`; padding is hashed to a
-            bucket of its own.
+            dropout_p, dropout_seed, own_values, value_mix: as in :func:`chunked_attention`;
+            padding is hashed to a bucket of its own.
         return_lse: also return the log-sum-exps, ``(B, H, L)``.
         return_buckets: also return the buckets, int32 ``(B, H, R, L)``.
 
@@ -334,6 +351,8 @@ def lsh_attention(
         correct_duplicates=correct_duplicates,
         dropout_p=dropout_p,
         dropout_seed=seed_tensor(dropout_seed, dropout_p, qk.device),
+        own_values=own_values,
+        value_mix=value_mix,
     )
     if not (return_lse or return_buckets):
         return out
@@ -717,6 +736,10 @@ def seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.devic
         return None
     if isinstance(seed, Tensor):
         return seed
+    if seed is not None and not isinstance(seed, (int, torch.SymInt)):
+        raise RuntimeError(
+            f"chunked_attention: expected dropout_seed to be an int or an int64 tensor, got {seed}"
+        )
     if seed is None:
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
     return torch.full((1,), seed, dtype=torch.int64, device=device)

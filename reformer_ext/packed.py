@@ -39,6 +39,7 @@ def chunked_attention_packed(
     buckets: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     dropout_seed: int | Tensor | None = None,
+    own_values: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """:func:`reformer_ext.chunked_attention` within each of several packed sequences.
@@ -52,6 +53,7 @@ def chunked_attention_packed(
         buckets: int32 ``(1, H, R, total)``.
         key_padding_mask: must be None, since a packed line has no padding.
         dropout_seed: as there. Sequences get masks of their own, other than one by one.
+        own_values: the same shape as v.
         **options: the other keyword arguments of :func:`reformer_ext.chunked_attention`.
 
     Returns:
@@ -73,12 +75,20 @@ def chunked_attention_packed(
         v: Tensor,
         order: Tensor | None,
         buckets: Tensor | None,
+        own_values: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         return ops.chunked_attention(
-            q, k, v, order, buckets=buckets, dropout_seed=group_seed(seed, group), **options
+            q,
+            k,
+            v,
+            order,
+            buckets=buckets,
+            dropout_seed=group_seed(seed, group),
+            own_values=own_values,
+            **options,
         )
 
-    inputs = [(q, 2), (k, 2), (v, 2), (order, 3), (buckets, 3)]
+    inputs = [(q, 2), (k, 2), (v, 2), (order, 3), (buckets, 3), (own_values, 2)]
     out, lse = map_sequences(attend, lengths, inputs, (2, 2))
     return out, lse
 
@@ -92,6 +102,7 @@ def lsh_attention_packed(
     buckets: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     dropout_seed: int | Tensor | None = None,
+    own_values: Tensor | None = None,
     return_lse: bool = False,
     return_buckets: bool = False,
     **options: Any,
@@ -108,6 +119,7 @@ def lsh_attention_packed(
         buckets: int32 ``(1, H, R, total)``, of an earlier call.
         key_padding_mask: must be None, since a packed line has no padding.
         dropout_seed: as there. Sequences get masks of their own, other than one by one.
+        own_values: the same shape as v.
         return_lse: also return the log-sum-exps, ``(1, H, total)``.
         return_buckets: also return the buckets, int32 ``(1, H, R, total)``.
         **options: the other keyword arguments of :func:`reformer_ext.lsh_attention`. Rotations that
@@ -126,7 +138,12 @@ def lsh_attention_packed(
     seed = ops.seed_tensor(dropout_seed, options.get("dropout_p", 0.0), qk.device)
 
     def attend(
-        group: int, qk: Tensor, v: Tensor, k: Tensor | None, buckets: Tensor | None
+        group: int,
+        qk: Tensor,
+        v: Tensor,
+        k: Tensor | None,
+        buckets: Tensor | None,
+        own_values: Tensor | None,
     ) -> tuple[Tensor, ...]:
         results = ops.lsh_attention(
             qk,
@@ -134,6 +151,7 @@ def lsh_attention_packed(
             k=k,
             buckets=buckets,
             dropout_seed=group_seed(seed, group),
+            own_values=own_values,
             return_lse=True,
             return_buckets=True,
             **options,
@@ -141,7 +159,7 @@ def lsh_attention_packed(
         assert isinstance(results, tuple)
         return results
 
-    inputs = [(qk, 2), (v, 2), (k, 2), (buckets, 3)]
+    inputs = [(qk, 2), (v, 2), (k, 2), (buckets, 3), (own_values, 2)]
     out, lse, buckets = map_sequences(attend, lengths, inputs, (2, 2, 3))
     if not (return_lse or return_buckets):
         return out

@@ -153,6 +153,8 @@ def chunked_attention(
     correct_duplicates: bool = False,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
+    own_values: Tensor | None = None,
+    value_mix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the multiset of valid slots. See :func:`reformer_ext.chunked_attention`."""
     batch, heads, length, head_dim = q.shape
@@ -160,6 +162,9 @@ def chunked_attention(
     wrap = order is not None if wrap is None else wrap
     scale = head_dim**-0.5 if scale is None else scale
     keys = F.normalize(q, dim=-1, eps=NORM_EPS) if k is None else k
+    own_values = v if own_values is None else own_values
+    if value_mix is not None:
+        v = next_values(v, value_mix, key_padding_mask, causal=causal)
 
     counts = slot_counts(
         length,
@@ -210,7 +215,7 @@ def chunked_attention(
     if key_padding_mask is not None:
         self_only = self_only & ~key_padding_mask[:, None, :]
     nothing = ~has_key & ~self_only
-    out = torch.where(self_only[..., None], v, out).masked_fill(nothing[..., None], 0.0)
+    out = torch.where(self_only[..., None], own_values, out).masked_fill(nothing[..., None], 0.0)
     lse = lse.masked_fill(self_only, SELF_ONLY_LSE).masked_fill(nothing, -math.inf)
     return out, lse
 

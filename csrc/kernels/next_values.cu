@@ -118,6 +118,21 @@ __device__ __forceinline__ Vector<T> sum_neighbours(const Vector<T> (&rows)[kRun
   return sum;
 }
 
+// The gradient of a query that met only itself goes to its own value.
+template <typename T>
+__device__ __forceinline__ void add_own(Vector<T>& sum, const NextValuesBackwardParams& params,
+                                        const Run<T>& run, int i) {
+  const int64_t position = run.first + i;
+  const int64_t head = run.batch * params.heads + run.head;
+  if (params.lse[head * params.length + position] != params.self_only_lse) return;
+  const T* const row = row_of<const T>(params.own_grad, run.batch, run.head, position);
+  const auto own = *reinterpret_cast<const Vector<T>*>(row + run.element);
+#pragma unroll
+  for (int e = 0; e < Vector<T>::kWidth; ++e) {
+    sum.x[e] = from_float<T>(to_float(sum.x[e]) + to_float(own.x[e]));
+  }
+}
+
 template <typename T>
 __device__ __forceinline__ float dot(const Vector<T>& a, const Vector<T>& b) {
   float sum = 0;
@@ -160,7 +175,7 @@ __device__ __forceinline__ float sum_block(float x, float* parts) {
 
 // Writes grad_v, and the block's part of each factor's gradient: workspace [2 or 3][H][B * tiles].
 template <typename T, bool kCausal>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads)
     backward_kernel(const __grid_constant__ NextValuesBackwardParams params, int64_t tiles) {
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -176,8 +191,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int i = 1; i <= kRun; ++i) {
       if (i > run.count) break;
-      *reinterpret_cast<Vector<T>*>(grad_v + (i - 1) * params.grad_v.stride_l) =
-          sum_neighbours<T, !kCausal, true>(grad, i, real, mix, mix.previous, mix.next);
+      Vector<T> sum = sum_neighbours<T, !kCausal, true>(grad, i, real, mix, mix.previous, mix.next);
+      if (params.lse != nullptr) add_own(sum, params, run, i - 1);
+      *reinterpret_cast<Vector<T>*>(grad_v + (i - 1) * params.grad_v.stride_l) = sum;
       if ((real >> i & 1) == 0) continue;
       const float own = dot(grad[i], v[i]);
       sums[1] += own;

@@ -28,7 +28,10 @@ struct NextValuesParams {
 
 struct NextValuesBackwardParams : NextValuesParams {  // without out
   ValueRows grad;
-  ValueRows grad_v;       // written
+  ValueRows grad_v;    // written
+  const float* lse;    // [B, H, L]; null: no own_grad
+  ValueRows own_grad;  // added to grad_v where lse is self_only_lse
+  float self_only_lse;
   float* grad_value_mix;  // [2 or 3][H], written
   float* workspace;       // next_values_backward_workspace(...) bytes
 };

@@ -370,7 +370,7 @@ struct Device {
       return result;
     };
     params.q = view(q);
-    params.v = view(v);
+    params.v = params.own_values = view(v);
     params.grad_out = view(grad_out);
     params.order = c.natural_order ? nullptr : static_cast<const int32_t*>(order.data());
     params.buckets = c.same_bucket ? static_cast<const int32_t*>(buckets.data()) : nullptr;

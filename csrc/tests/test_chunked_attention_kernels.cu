@@ -443,7 +443,7 @@ void run(const Inputs& in, const DeviceLists& lists, Outputs& outputs) {
   ChunkedAttentionBackwardParams p = {};
   p.q = in.q.view();
   if (!c.shared_qk) p.k = in.k.view();
-  p.v = in.v.view();
+  p.v = p.own_values = in.v.view();
   p.order = c.ordered ? lists.order.as<int32_t>() : nullptr;
   p.buckets = c.bucketed ? lists.buckets.as<int32_t>() : nullptr;
   p.key_padding_mask = c.padded ? lists.padding.as<bool>() : nullptr;

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <limits>
 
@@ -57,6 +58,18 @@ struct Piece {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) x[i] *= factor;
   }
+  __device__ __forceinline__ bool is_zero() const {
+    bool zero = true;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) zero &= x[i] == 0;
+    return zero;
+  }
+  __device__ __forceinline__ bool is_finite() const {
+    bool finite = true;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) finite &= fabsf(x[i]) <= FLT_MAX;
+    return finite;
+  }
   __device__ __forceinline__ float dot(const Piece& other) const {
     float sum = 0;
 #pragma unroll
@@ -72,6 +85,12 @@ __device__ __forceinline__ float sum_lanes(float x) {
   for (int offset = kLanes / 2; offset > 0; offset /= 2)
     x += __shfl_xor_sync(0xffffffffU, x, offset);
   return x;
+}
+
+// Whether it is true in any lane of a position.
+template <int kLanes>
+__device__ __forceinline__ bool any_lane(bool x) {
+  return sum_lanes<kLanes>(x ? 1.0F : 0.0F) != 0;
 }
 
 // The position kLanes lanes work on: a block's are of one head, blockIdx.y of the group. Lanes
@@ -207,13 +226,13 @@ __global__ void __launch_bounds__(kThreads, kBatch == kFewRounds ? 5 : 3)
     if (has_key) {
       row.scale(1 / sum);
     } else if (self_only) {
-      row = Piece<T>(position.template row<T>(params.v) + d);
+      row = Piece<T>(position.template row<T>(params.own_values) + d);
     }
     row.store(position.template row<T>(params.out) + d);
     if (d == 0) {
       params.lse[stage.head_begin * params.length + position.index] =
           self_only ? kSelfOnlyLse
-          : has_key ? (peak + log2f(sum)) * kLn2
+          : has_key ? stored_lse((peak + log2f(sum)) * kLn2)
                     : -INFINITY;
     }
   }
@@ -236,17 +255,31 @@ __global__ void row_stats_kernel(const __grid_constant__ ChunkedAttentionBackwar
   const bool is_padding = position.is_padding(params);
 
   float delta = 0, square = 0;
+  bool has_cotangent = grad_lse != 0, spoilt = false;
   for (int d = position.lane * Piece<T>::kSize; d < head_dim; d += kLanes * Piece<T>::kSize) {
     const Piece<T> grad_out_piece(grad_out + d), out_piece(out + d);
     const Piece<T> q_piece = shared_qk ? Piece<T>(q + d) : Piece<T>();
     delta += grad_out_piece.dot(out_piece);
     square += q_piece.dot(q_piece);
+    has_cotangent |= !grad_out_piece.is_zero();
+    if (shared_qk && is_padding) {
+      const Piece<T> v_piece(position.template row<T>(params.v) + d);
+      spoilt |= !(q_piece.is_finite() && v_piece.is_finite() && grad_out_piece.is_finite());
+    }
   }
+  has_cotangent = any_lane<kLanes>(has_cotangent);
+  spoilt = any_lane<kLanes>(spoilt);
+  delta = sum_lanes<kLanes>(delta);
+  square = sum_lanes<kLanes>(square);
+  const bool silent = spoilt || !has_cotangent;
+  const float log2_lse = lse * kLog2e;
   RowStats stats;
-  stats.lse = lse == -INFINITY || lse == kSelfOnlyLse ? INFINITY : lse * kLog2e;
-  stats.delta = sum_lanes<kLanes>(delta) - grad_lse;
-  stats.key_scale = shared_qk ? key_scale_of(sum_lanes<kLanes>(square)) : 1;
-  stats.is_padding = is_padding ? 1 : 0;
+  stats.lse = silent || lse == -INFINITY || lse == kSelfOnlyLse ? INFINITY
+              : row_stats != nullptr                            ? log2_lse
+                                                                : bounding_lse(log2_lse);
+  stats.delta = silent ? 0 : delta - grad_lse;
+  stats.key_scale = !shared_qk ? 1 : spoilt ? kMaxKeyScale : key_scale_of(square);
+  stats.is_padding = spoilt ? kSpoiltPadding : is_padding ? 1 : 0;
   if (!position.real || position.lane != 0) return;
   if (row_stats != nullptr) {
     row_stats[position.index] = stats;
@@ -308,6 +341,7 @@ __global__ void __launch_bounds__(kThreads, kProject ? 3 : 4)
   const T* partial_v = position.template partial<T>(stage.partial_v, params);
   T* grad_q = position.template row<T>(params.grad_q);
   const bool self_only =
+      !params.own_values_apart &&
       params.lse[stage.head_begin * params.length + position.index] == kSelfOnlyLse;
   const auto store_grad_v = [&](Piece<T> sum, int d) {
     if (self_only) sum.add(Piece<T>(position.template row<T>(params.grad_out) + d));
@@ -328,13 +362,13 @@ __global__ void __launch_bounds__(kThreads, kProject ? 3 : 4)
     }
     dot = sum_lanes<kLanes>(dot);
     const float scale = stage.row_stats[position.index].key_scale;
-    const float along =
-        scale >= kMaxKeyScale ? 0 : dot * scale * scale;  // below eps the length is fixed
+    const float along = dot * scale * scale;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int d = first + i * kStep;
       if (d >= head_dim || !position.real) continue;
-      grad_k[i].add(Piece<T>(q + d), -along);
+      // Below eps the length is fixed.
+      if (scale < kMaxKeyScale) grad_k[i].add(Piece<T>(q + d), -along);
       Piece<T> sum = sum_rounds(partial_q + d, stride, rounds);
       sum.add(grad_k[i], scale);
       sum.store(grad_q + d);

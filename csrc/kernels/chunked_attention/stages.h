@@ -52,14 +52,32 @@ struct ForwardStage {
                           // PairBits under dropout, else the blocked ones; null unless needed
 };
 
+// is_padding of a row of shared QK whose q, v or cotangent is not finite: it counts as zeros in all
+// of them, as 0 * NaN is NaN.
+inline constexpr float kSpoiltPadding = 2;
+
 // One row's constants in the backward pass, 16 bytes so that one load fetches them.
 struct alignas(16) RowStats {
-  float lse;    // final lse in log2 units; +inf for rows whose weights must vanish (no key, or self
-                // only)
+  float lse;    // final lse in log2 units; +inf for rows whose weights must vanish (no key, self
+                // only, or no cotangent: such a query contributes nothing, whatever it is)
   float delta;  // grad_out . out - grad_lse
   float key_scale;   // 1 / max(|q|, eps) for shared QK, else 1
-  float is_padding;  // 1 for padding, else 0
+  float is_padding;  // 1 for padding, else 0; kSpoiltPadding
 };
+
+// An lse as stored: see kSelfOnlyLse.
+__device__ __forceinline__ float stored_lse(float lse) {
+  return lse == kSelfOnlyLse ? kAboveSelfOnlyLse : lse;
+}
+
+// What half-precision kernels take for a final lse (in log2 units) when they recompute weights
+// exp2(logit - lse): logits and lse are rounded, and where that makes a difference, no weight may
+// come out beyond 1, which gradients would be multiplied with.
+__device__ __forceinline__ float bounding_lse(float lse) {
+  constexpr float kLarge = 1 << 17, kRounding = 1.0F / (1 << 20);
+  const float size = fabsf(lse);
+  return size > kLarge ? fmaf(size, kRounding, lse) : lse;
+}
 
 // Where the tiled kernels find a position's RowStats: in the head's rows of grad_v, `per_row` in
 // each, so that their workspace is for partial gradients alone. Reduce writes the gradients there.

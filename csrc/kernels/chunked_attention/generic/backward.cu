@@ -167,9 +167,9 @@ __global__ void __launch_bounds__(QueryTile<T, kHeadDim>::kThreads, QueryTile<T,
             const Key& key = keys[tile * 8 + threadIdx.x % 4 * 2 + element % 2];
             float& grad = grad_scores[tile][element];
             const float score = scores[tile][element];
-            grad = score == -INFINITY
+            grad = score == -INFINITY || query.lse == INFINITY
                        ? 0
-                       : exp2_approx(score - query.lse) * (grad - query.delta) * key.scale;
+                       : weight_of(score, query.lse) * (grad - query.delta) * key.scale;
           }
         }
         multiply<T, kColumns, kHeadDim>(grad_q, grad_scores, k_tile, kStride);
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(KeyTile<T, kHeadDim>::kThreads, KeyTile<T, kHe
             const float factor = sequence.dropout_threshold != 0
                                      ? sequence.dropout_factor(query, keys[element / 2])
                                      : 1.0f;
-            weight = attends ? exp2_approx(weight - query.lse) : 0;
+            weight = attends ? weight_of(weight, query.lse) : 0;
             grad = attends ? weight * (grad * factor - query.delta) : 0;
             weight *= factor;
           }

@@ -26,6 +26,14 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// A weight from its logit and the final lse, in log2 units. Both are rounded: no weight is
+// beyond 1.
+__device__ __forceinline__ float weight_of(float logit, float lse) {
+  float exponent = logit - lse;
+  asm("min.NaN.f32 %0, %0, 0f00000000;" : "+f"(exponent));
+  return exp2_approx(exponent);
+}
+
 // A range of slots. It may begin before slot 0 or end past the last one: the line is a ring.
 struct Span {
   int begin, end;
@@ -140,7 +148,7 @@ struct alignas(16) Query {
   int excluded;    // but not to this one: itself under mask_self, else -1
   int bucket;      // in the rows' round
   uint32_t dropout_key;
-  float lse, delta;  // backward only
+  float lse, delta;  // backward only, see RowStats
   bool non_finite;
 };
 
@@ -348,8 +356,9 @@ __device__ __forceinline__ void logits_of(float (&scores)[kTiles][4], const Sequ
   }
   if (careful) {
     for_each(scores, [&](float& score, int row, int column) {
-      const bool non_finite = query_of(row, column).non_finite || key_of(row, column).non_finite;
-      if (score != -INFINITY && non_finite) score = NAN;
+      const Query& query = query_of(row, column);
+      const bool non_finite = query.non_finite || key_of(row, column).non_finite;
+      if (score != -INFINITY && non_finite && query.lse != INFINITY) score = NAN;
     });
   }
 }

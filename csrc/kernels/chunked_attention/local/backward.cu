@@ -22,6 +22,7 @@ struct BackwardArgs {
   TileLine line;
   int heads;
   float scale, scale_log2;  // scale_log2: scale * log2(e)
+  bool own_values_apart;
 };
 
 // By registers: four warpgroups to a multiprocessor with 128 each, or three with 168.
@@ -102,20 +103,23 @@ struct OutputRows {
       const uint32_t a[4] = {words[pass].x, words[pass].y, words[pass].z, words[pass].w};
       const uint32_t b[4] = {other.x, other.y, other.z, other.w};
       float sum = 0.0F;
+      uint32_t cotangent = __float_as_uint(grad_lse[pass]) << 1;  // without signs: 0 for none
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 x = unpack<Element>(a[i]), y = unpack<Element>(b[i]);
         sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
+        cotangent |= b[i] & 0x7fff7fff;
       }
 #pragma unroll
       for (int offset = kPieces / 2; offset > 0; offset /= 2) {
         sum += __shfl_xor_sync(0xffffffff, sum, offset);
+        cotangent |= __shfl_xor_sync(0xffffffff, cotangent, offset);
       }
       if (piece != 0) continue;
-      // Rows past the end and rows without keys get no weights.
-      const bool real = first_row + tile_row < args.line.length;
+      // Rows past the end, rows without keys and rows without cotangents get no weights.
+      const bool real = first_row + tile_row < args.line.length && cotangent != 0;
       const bool has_keys = lse[pass] != -INFINITY && lse[pass] != kSelfOnlyLse;
-      const float row_lse = real && has_keys ? lse[pass] * kLog2E : INFINITY;
+      const float row_lse = real && has_keys ? bounding_lse(lse[pass] * kLog2E) : INFINITY;
       const float row_delta = real ? sum - grad_lse[pass] : 0.0F;
       shared_lse[tile_row] = stats[tile_row] = row_lse;
       shared_delta[tile_row] = stats[args.line.padded_length() + tile_row] = row_delta;
@@ -205,6 +209,14 @@ __global__ void __launch_bounds__(QueryShape<kHeadDim>::kThreads,
     wait_for_copies_and_sync<kStages - 2>();
     load_keys(step + kStages - 1);
     const int stage = step % kStages, key_tile = line.fold(begin + step);
+    if (padding != nullptr) {
+      const auto is_unused = [&](uint32_t row) {
+        return shared.key_positions[stage][row] == kInvalidKey;
+      };
+      clear_unused_rows<kHeadDim, Tile::kThreads>(shared.keys[stage], is_unused, threadIdx.x);
+      clear_unused_rows<kHeadDim, Tile::kThreads>(shared.values[stage], is_unused, threadIdx.x);
+      __syncthreads();
+    }
     if (!own.holds(begin + step) || !line.meet(tile, key_tile)) continue;
 
     const uint32_t keys = tile_descriptor(shared_address(shared.keys[stage]));
@@ -244,6 +256,10 @@ __global__ void __launch_bounds__(QueryShape<kHeadDim>::kThreads,
   __syncthreads();  // the memory of the queries takes the result
   if (tile >= line.tiles) return;
 
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (lse[half] == INFINITY) clear_row(grad_q, half);  // no weights, but 0 times what was there
+  }
   const float factors[2] = {args.scale, args.scale};
   scale_rows(grad_q, factors);
   store_result<Element, kHeadDim>(grad_q, shared.queries[group],
@@ -339,6 +355,13 @@ __global__ void __launch_bounds__(kWarpgroupThreads, KeyShape<kHeadDim>::kReside
     const uint32_t thread = renewed(threadIdx.x);
     load_queries(step + kStages - 1, thread);
     const int stage = step % kStages, query_tile = line.fold(span.begin + step);
+    if (args.key_padding_mask != nullptr) {  // queries that are padding too, and nobody reads
+      const auto is_unused = [&](uint32_t row) { return shared.lse[stage][row] == INFINITY; };
+      clear_unused_rows<kHeadDim, kWarpgroupThreads>(shared.queries[stage], is_unused, thread);
+      clear_unused_rows<kHeadDim, kWarpgroupThreads>(shared.output_gradients[stage], is_unused,
+                                                     thread);
+      __syncthreads();
+    }
     if (!line.meet(query_tile, tile)) continue;
 
     const uint32_t queries = tile_descriptor(shared_address(shared.queries[stage]));
@@ -390,7 +413,8 @@ __global__ void __launch_bounds__(kWarpgroupThreads, KeyShape<kHeadDim>::kReside
     if (key_position(padding, position, line.length) == kInvalidKey) {
       clear_row(grad_k, half);
       clear_row(grad_v, half);
-    } else if (line.mask_self && args.lse[int64_t{head} * line.length + position] == kSelfOnlyLse) {
+    } else if (line.mask_self && !args.own_values_apart &&
+               args.lse[int64_t{head} * line.length + position] == kSelfOnlyLse) {
       add_row<Element, kHeadDim>(
           grad_v, half, indexed_address<const uint8_t>(grad_out, position, args.grad_out.row_bytes),
           thread);
@@ -434,7 +458,8 @@ cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params, cudaSt
                           make_tile_line(params),
                           static_cast<int>(params.heads),
                           params.scale,
-                          params.scale * kLog2E};
+                          params.scale * kLog2E,
+                          params.own_values_apart};
   const int64_t heads = params.batch * params.heads;
   using Queries = QueryShape<kHeadDim>;
   const cudaError_t error =

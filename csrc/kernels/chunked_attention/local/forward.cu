@@ -21,7 +21,7 @@ struct ForwardShape : Shape<kHeadDim> {
 };
 
 struct ForwardArgs {
-  Rows q, k, v, out;
+  Rows q, k, v, own_values, out;
   const bool* key_padding_mask;
   float* lse;
   TileLine line;
@@ -135,6 +135,13 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
     wait_for_copies_and_sync<kStages - 2>();
     load_keys(step + kStages - 1);
     const int stage = step % kStages, key_tile = line.fold(begin + step);
+    if (padding != nullptr) {
+      clear_unused_rows<kHeadDim, Tile::kThreads>(
+          shared.values[stage],
+          [&](uint32_t row) { return shared.key_positions[stage][row] == kInvalidKey; },
+          threadIdx.x);
+      __syncthreads();
+    }
     if (!own.holds(begin + step) || !line.meet(tile, key_tile)) continue;
 
     Accumulator scores;
@@ -172,7 +179,8 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
     if (thread % 4 == 0 && row < line.length) {
       constexpr float kLn2 = 0.6931471805599453F;
       const float shift = peaks[half] == -INFINITY ? 0.0F : peaks[half];  // all NaN
-      args.lse[int64_t{head} * line.length + row] = has_key[half] ? (shift + __log2f(sum)) * kLn2
+      args.lse[int64_t{head} * line.length + row] = has_key[half]
+                                                        ? stored_lse((shift + __log2f(sum)) * kLn2)
                                                     : self_only[half] ? kSelfOnlyLse
                                                                       : -INFINITY;
     }
@@ -183,8 +191,11 @@ __global__ void __launch_bounds__(ForwardShape<kHeadDim>::kThreads,
     if (has_key[half]) continue;
     clear_row(output, half);  // no weights, but 0 times what was not finite
     if (!self_only[half]) continue;
+    const uint8_t* own_values = args.own_values.head(batch, head % args.heads);
     add_row<Element, kHeadDim>(
-        output, half, indexed_address<uint8_t>(v, upper_row + 8 * half, args.v.row_bytes), thread);
+        output, half,
+        indexed_address<uint8_t>(own_values, upper_row + 8 * half, args.own_values.row_bytes),
+        thread);
   }
   store_result<Element, kHeadDim>(output, shared.queries[group],
                                   const_cast<uint8_t*>(args.out.head(batch, head % args.heads)),
@@ -197,6 +208,7 @@ cudaError_t launch_forward(const ChunkedAttentionParams& params, cudaStream_t st
   const ForwardArgs args{Rows(params.q, sizeof(Element)),
                          Rows(params.k, sizeof(Element)),
                          Rows(params.v, sizeof(Element)),
+                         Rows(params.own_values, sizeof(Element)),
                          Rows(params.out, sizeof(Element)),
                          params.key_padding_mask,
                          params.lse,

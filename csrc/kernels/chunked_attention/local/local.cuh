@@ -117,6 +117,20 @@ __device__ __forceinline__ void copy_tile(uint32_t tile, const uint8_t* rows, in
   }
 }
 
+// Makes zeros of the tile's rows that `is_unused`, by kThreads threads: what multiplies them is
+// zero, and 0 * NaN is NaN. For wgmma to see after the next barrier.
+template <int kHeadDim, int kThreads, class IsUnused>
+__device__ __forceinline__ void clear_unused_rows(TileBytes<kHeadDim>& tile,
+                                                  const IsUnused& is_unused, uint32_t thread) {
+  constexpr uint32_t kRowPieces = 8;  // of 16 bytes
+#pragma unroll 1
+  for (uint32_t i = thread; i < Shape<kHeadDim>::kHalves * kTileRows * kRowPieces; i += kThreads) {
+    if (!is_unused(i / kRowPieces % kTileRows)) continue;
+    reinterpret_cast<uint4*>(&tile)[i] = make_uint4(0, 0, 0, 0);
+  }
+  fence_shared_for_wgmma();
+}
+
 // Waits until at most kPending of this thread's committed copies are under way, shows the block's
 // shared-memory writes to wgmma, and synchronises.
 template <int kPending>

@@ -223,7 +223,30 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
     if constexpr (!Unit::kOperandsInRegisters) buffer ^= 1;
   };
 
+  const auto clear_padding = [&](uint32_t n) {
+    const uint32_t thread = renewed(threadIdx.x), slot = n % kSlots;
+    const auto is_spoilt = [&](uint32_t row) {
+      return shared.stats[slot][row].is_padding == kSpoiltPadding;
+    };
+    clear_rows(shared.tiles[slot][kQ], thread, is_spoilt);
+    clear_rows(shared.tiles[slot][Shared::kGradOutTile], thread, is_spoilt);
+    if constexpr (Unit::kOperandsInRegisters) {
+      clear_rows(shared.values[n % 2], thread, is_spoilt);
+    } else {
+      clear_rows(shared.tiles[slot][kV], thread, is_spoilt);
+    }
+  };
+  const auto show_cleared = [] {
+    Unit::fence_shared();
+    __syncthreads();
+  };
+
   Unit::copy_async_wait_and_sync();
+  if (args.has_padding) {
+    clear_padding(0);
+    clear_padding(1);
+    show_cleared();
+  }
   load_values(0);
   if constexpr (Unit::kOperandsInRegisters) __syncthreads();
   gather(2, line.rows(line.next(chunk)), threadIdx.x);
@@ -240,6 +263,10 @@ __device__ __forceinline__ void attend_backward(const BackwardArgs<typename Unit
     const Chunk next = line.next(chunk);
     store_position(n + 3, pending_entry);
     Unit::copy_async_wait_and_sync();
+    if (args.has_padding) {
+      clear_padding(n + 1);
+      show_cleared();
+    }
     if (n < steps) {
       gather(n + 2, line.rows(line.next(next)), renewed(threadIdx.x));
     }

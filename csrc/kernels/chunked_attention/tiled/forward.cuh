@@ -241,6 +241,16 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
   gather(1, line.rows(chunk), threadIdx.x);
   uint32_t pending_entry = load_entry();
   Unit::copy_async_wait_and_sync();
+  const auto clear_padding = [&](uint32_t slot, uint32_t thread) {
+    if (args.key_padding_mask == nullptr) return;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      clear_rows(shared.v[slot][part], thread,
+                 [&](uint32_t row) { return shared.key_position[slot][row] == kInvalidKey; });
+    }
+    Unit::fence_shared();  // a barrier stands before the products
+  };
+  clear_padding(0, threadIdx.x);
   const float first_square = row_square<Element, kHeadDim>(shared.q[0][0], threadIdx.x);
   shared.key_scale[0][threadIdx.x / 2] = args.scale_log2 * inverse_norm(first_square);
 
@@ -251,6 +261,7 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
     const uint32_t previous = (n - 1) % kSlots, current = n % kSlots;
 
     Unit::copy_async_wait_and_sync();
+    clear_padding(current, thread);
     const auto gather_next = [&] {
       if (n < steps) gather(n + 1, line.rows(line.next(chunk)), thread);
     };
@@ -299,7 +310,8 @@ __device__ __forceinline__ void attend_forward(const ForwardArgs<typename Unit::
     const Pairs<true, kCausal, kMasks> current_pairs{query_bounds, current_bits};
 
     // Softmax over both tiles, in base 2. A row without any key keeps sum 0.
-    if (!__all_sync(0xffffffff, fmaxf(shifts[0], shifts[1]) <= largest_bound<Element>())) {
+    // A row that is not a number anyway does not decide for the others.
+    if (__any_sync(0xffffffff, fmaxf(shifts[0], shifts[1]) > largest_bound<Element>())) {
       float maxima[2] = {-INFINITY, -INFINITY};
       Unit::template wait<0>();
       Unit::pin(previous_scores);

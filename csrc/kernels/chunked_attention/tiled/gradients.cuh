@@ -16,6 +16,7 @@ struct BackwardArgs {
   Line line;
   int heads, head_begin, run_length = 0;
   float scale, scale_log2;  // scale_log2: scale * log2(e)
+  bool has_padding;
   MaskArgs masks;
 
   BackwardArgs(const ChunkedAttentionBackwardParams& params, const BackwardStage& stage)
@@ -31,6 +32,7 @@ struct BackwardArgs {
         head_begin(static_cast<int>(stage.head_begin)),
         scale(params.scale),
         scale_log2(params.scale * kLog2E),
+        has_padding(params.key_padding_mask != nullptr),
         masks(params, stage.pair_bits) {}
 };
 

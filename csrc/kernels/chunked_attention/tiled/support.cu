@@ -64,7 +64,8 @@ bool local_supports(const ChunkedAttentionParams& params) {
                      params.dropout_p == 0.0F && params.scale > 0.0F;
   const bool strides = params.q.stride_l <= tiled::kLargestRowStride &&
                        params.k.stride_l <= tiled::kLargestRowStride &&
-                       params.v.stride_l <= tiled::kLargestRowStride;
+                       params.v.stride_l <= tiled::kLargestRowStride &&
+                       params.own_values.stride_l <= tiled::kLargestRowStride;
   return sizes && flags && strides && tiled::has_wgmma();
 }
 

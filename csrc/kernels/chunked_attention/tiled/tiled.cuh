@@ -116,6 +116,18 @@ __device__ __forceinline__ void gather_tile(uint32_t tile, const uint8_t* rows, 
   }
 }
 
+// Makes zeros of the rows of a tile that `is_unused`, by the warpgroup: what multiplies them is
+// zero, and 0 * NaN is NaN.
+template <class IsUnused>
+__device__ __forceinline__ void clear_rows(uint8_t* tile, uint32_t thread,
+                                           const IsUnused& is_unused) {
+  const uint32_t row = thread / 2;
+  if (!is_unused(row)) return;
+  auto* const words = reinterpret_cast<uint4*>(tile + row * 128 + thread % 2 * 64);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = make_uint4(0, 0, 0, 0);
+}
+
 // Whether the query may attend to the key, given what key_bound and query_bound made of their
 // positions.
 template <bool kCausal>

@@ -226,6 +226,17 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                                                 staging, thread);
   };
 
+  // By stats of a chunk, rows of its tiles become zeros; each warpgroup sees to its columns.
+  const auto clear_padding = [&](const WideTile& tile, uint32_t n) {
+    clear_rows(const_cast<uint8_t*>(tile[warpgroup]), thread_in_warpgroup(), [&](uint32_t row) {
+      return shared.stats[n % kStatsSlots][row].is_padding == kSpoiltPadding;
+    });
+  };
+  const auto show_cleared = [] {
+    fence_shared_for_wgmma();
+    __syncthreads();
+  };
+
   uint32_t first_entries[4];
 #pragma unroll
   for (int n = 0; n < 4; ++n) first_entries[n] = load_entry();
@@ -239,6 +250,15 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   gather_values(1);
   uint32_t pending_entry = load_entry();
   copy_async_wait_and_sync();
+  if (args.has_padding) {
+#pragma unroll 1
+    for (uint32_t n = 0; n < 3; ++n) {
+      clear_padding(shared.q[n], n);
+      clear_padding(shared.grad_out[n], n);
+      if (n < kVSlots) clear_padding(shared.v[n], n);
+    }
+    show_cleared();
+  }
 
   // Step 0: of the keys of the run's predecessor only the gradients of scores with chunk 1 matter.
   begin_scores(0);
@@ -263,6 +283,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   for (uint32_t n = 1; n <= steps; ++n) {
     if (n > 1) finish_gradients(n - 1);
     copy_async_wait_and_sync();
+    if (args.has_padding && n < steps) {
+      clear_padding(shared.q[(n + 2) % kQSlots], n + 2);
+      clear_padding(shared.grad_out[(n + 2) % kGradOutSlots], n + 2);
+      clear_padding(shared.v[(n + 1) % kVSlots], n + 1);
+      show_cleared();
+    }
     show(n);
     begin_scores(n + 1);
     store_position(n + 4, pending_entry);
