@@ -3,7 +3,8 @@
 ``probe`` only adds two numbers over the process group: it tells a machine where gloo does not work
 from a defect of ours. The other jobs leave the rank's gradients in the folder: ``replicated`` under
 DistributedDataParallel, two micro-batches accumulated; ``sharded`` under FSDP2; either with
-``_schedule`` of a stack that calls its blocks several times.
+``_repeat`` of a model that repeats its layers, or ``_schedule`` of a stack that calls its blocks
+several times.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def case(job: str) -> tuple[nn.Module, Tensor]:
     if job.endswith("_schedule"):
         return Repeated().double(), tokens
     fields = {"dim": 16, "heads": 2, "layers": ("local", "lsh"), "n_hashes": 2, "chunk_size": 8}
+    fields["repeat"] = 2 if job.endswith("_repeat") else 1
     config = ReformerConfig(**fields, local_chunk_size=8, tie_embeddings=True)
     return ReformerLM(config).double(), tokens
 
@@ -114,8 +116,10 @@ def sharded_blocks(job: str, _rank: int) -> list[Tensor]:
 
 JOBS = {
     "replicated": replicated,
+    "replicated_repeat": replicated,
     "replicated_schedule": replicated,
     "sharded": sharded,
+    "sharded_repeat": sharded,
     "sharded_schedule": sharded,
     "sharded_blocks": sharded_blocks,
 }

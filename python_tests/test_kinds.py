@@ -207,6 +207,15 @@ def test_a_kind_of_ones_own_decodes_what_it_computes(
         torch.testing.assert_close(saved(tokens), expected, rtol=1e-3, atol=1e-3)  # float32
 
 
+def test_reports_go_by_calls_and_know_other_kinds(example: ModuleType) -> None:
+    model = language_model(layers=("linear", "lsh"), repeat=2).eval()
+    reports = inspect_model(model, torch.randint(TOKENS, (1, 30)))
+    assert [report.kind for report in reports] == ["linear", "lsh"] * 2
+    assert [report.index for report in reports] == [0, 1, 2, 3]
+    first, second = reports[1].mass, reports[3].mass
+    assert reports[0].mass is None and not torch.equal(first.mass, second.mass)
+
+
 def test_options_of_a_kind_of_ones_own_are_checked(example: ModuleType) -> None:
     with pytest.raises(ValueError, match=r"layers\[0\]: expected floor > 0, got 0"):
         tiny_config(layers=[{"attention": "linear", "floor": 0}])

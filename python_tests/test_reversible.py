@@ -1008,7 +1008,8 @@ def test_sharding_single_blocks_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("two_processes")
 @pytest.mark.parametrize(
-    "job", ["replicated", "replicated_schedule", "sharded", "sharded_schedule"]
+    "job",
+    [kind + of for kind in ("replicated", "sharded") for of in ("", "_repeat", "_schedule")],
 )
 def test_two_processes(job: str, tmp_path: Path) -> None:
     """DDP and FSDP2: the mean gradient of the batch, accumulated, tied embeddings and blocks that

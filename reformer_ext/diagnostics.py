@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from . import ops
 from .nn import (
-    FullSelfAttention,
     LocalSelfAttention,
     LSHSelfAttention,
     Reformer,
@@ -181,9 +180,9 @@ class LayerReport:
     """What :func:`inspect_model` finds out about one layer.
 
     Attributes:
-        index: of the layer, from 0.
-        kind: "lsh", "local" or "full".
-        mass: of LSH layers; of local layers what their window holds, R = 1; None of full layers.
+        index: of the layer, from 0; where layers repeat, of its call.
+        kind: "lsh", "local", "full" or another kind of the model's.
+        mass: of LSH layers; of local layers what their window holds, R = 1; None of others.
     """
 
     index: int
@@ -468,13 +467,13 @@ def inspect_model(
         elif isinstance(module, LocalSelfAttention):
             reports.append(_inspect_local(index, module, args[0], kwargs, options))
         else:
-            reports.append(LayerReport(index, "full", None))
+            config = reformer.config
+            kind = config.kinds[config.schedule[index]]
+            reports.append(LayerReport(index, kind, None))
 
-    kinds = (LSHSelfAttention, LocalSelfAttention, FullSelfAttention)
     hooks = [
-        module.register_forward_hook(look, with_kwargs=True)
-        for module in reformer.modules()
-        if isinstance(module, kinds)
+        attention.register_forward_hook(look, with_kwargs=True)
+        for attention in {attention for attention, _ in reformer.attention_calls()}
     ]
     modes = [(module, module.training) for module in reformer.modules()]
     try:

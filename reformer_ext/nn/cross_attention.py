@@ -4,16 +4,25 @@ LSH."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from .. import ops
 from .attention import LSHOptions, SelfAttention, check_padding, hash_rotations, narrow_buckets
 from .checks import check_int
+from .config import ReformerConfig
 
-__all__ = ["CrossCache", "FullCrossAttention", "LSHCrossAttention"]
+__all__ = [
+    "CROSS_ATTENTIONS",
+    "CrossAttention",
+    "CrossCache",
+    "FullCrossAttention",
+    "LSHCrossAttention",
+]
 
 
 class CrossCache(nn.Module):
@@ -55,10 +64,32 @@ class CrossCache(nn.Module):
         self.padding[:, :length] = False if context_padding_mask is None else context_padding_mask
 
 
-class _CrossAttention(SelfAttention):
-    """Queries from x, keys and values from the context."""
+class CrossAttention(SelfAttention):
+    """Queries from x, keys and values from the context.
+
+    Attributes:
+        decodes: whether it can attend token by token over what ``fill_cache`` has put into a
+            :class:`CrossCache`.
+    """
 
     takes_norm = False
+    decodes: ClassVar[bool] = False
+
+    @classmethod
+    def of_layer(cls, config: ReformerConfig, context_dim: int, index: int) -> Self:
+        """Of the decoder layer ``index``, over a context of that width."""
+        raise NotImplementedError
+
+    def cross_kwargs(self, context_padding_mask: Tensor | None, **of_call: Any) -> dict[str, Any]:
+        """The keyword arguments of ``forward`` in a call beside x and context, of those that
+        :meth:`LSHCrossAttention.forward` has."""
+        return {"context_padding_mask": context_padding_mask}
+
+    def fill_cache(
+        self, cache: CrossCache, context: Tensor, context_padding_mask: Tensor | None = None
+    ) -> None:
+        """See :meth:`FullCrossAttention.fill_cache`."""
+        raise NotImplementedError
 
     def __init__(
         self,
@@ -95,7 +126,7 @@ class _CrossAttention(SelfAttention):
         return k, v
 
 
-class FullCrossAttention(_CrossAttention):
+class FullCrossAttention(CrossAttention):
     """Exact cross-attention (:func:`torch.nn.functional.scaled_dot_product_attention`).
 
     Args:
@@ -110,6 +141,18 @@ class FullCrossAttention(_CrossAttention):
     Raises:
         ValueError: naming the argument.
     """
+
+    decodes = True
+
+    @classmethod
+    def of_layer(cls, config: ReformerConfig, context_dim: int, index: int) -> Self:
+        return cls(
+            config.dim,
+            config.heads,
+            context_dim=context_dim,
+            head_dim=config.head_dim,
+            dropout=config.attention_dropout,
+        )
 
     def __init__(
         self,
@@ -204,7 +247,7 @@ class FullCrossAttention(_CrossAttention):
         return out if nothing is None else out.masked_fill(nothing, 0.0)
 
 
-class LSHCrossAttention(_CrossAttention):
+class LSHCrossAttention(CrossAttention):
     """LSH cross-attention, with memory linear in both lengths
     (:func:`reformer_ext.lsh_cross_attention`).
 
@@ -222,6 +265,29 @@ class LSHCrossAttention(_CrossAttention):
     Raises:
         ValueError: naming the argument.
     """
+
+    @classmethod
+    def of_layer(cls, config: ReformerConfig, context_dim: int, index: int) -> Self:
+        return cls(
+            config.dim,
+            config.heads,
+            context_dim=context_dim,
+            head_dim=config.head_dim,
+            n_hashes=config.n_hashes,
+            chunk_size=config.chunk_size,
+            n_buckets=config.n_buckets,
+            same_bucket=config.same_bucket,
+            correct_duplicates=config.correct_duplicates,
+            dropout=config.attention_dropout,
+            hash_seed=config.hash_seed + len(config.layers) + index,
+        )
+
+    @property
+    def draws(self) -> bool:
+        return False  # dropout has its own seed
+
+    def cross_kwargs(self, context_padding_mask: Tensor | None, **of_call: Any) -> dict[str, Any]:
+        return {"context_padding_mask": context_padding_mask, **of_call, "return_buckets": True}
 
     def __init__(
         self,
@@ -339,3 +405,9 @@ class LSHCrossAttention(_CrossAttention):
         if not return_buckets:
             return y
         return y, narrow_buckets(buckets, n_buckets)
+
+
+CROSS_ATTENTIONS: dict[str, type[CrossAttention]] = {
+    "full": FullCrossAttention,
+    "lsh": LSHCrossAttention,
+}

@@ -16,15 +16,13 @@ from .blocks import AttentionBlock
 from .cache import DecodingCache, reorder_rows
 from .checks import is_int
 from .config import ReformerConfig
-from .cross_attention import CrossCache, FullCrossAttention, LSHCrossAttention
+from .cross_attention import CROSS_ATTENTIONS, CrossAttention, CrossCache
 from .feed_forward import chunked_lm_loss
 from .models import Reformer, lm_head
 from .pretrained import PretrainedModel, config_from_fields
 from .reversible import ReversibleBlock
 
 __all__ = ["EncoderDecoderCache", "ReformerEncoderDecoder"]
-
-CROSS_KINDS = ("full", "lsh")
 
 
 class EncoderDecoderCache(nn.Module):
@@ -126,10 +124,10 @@ class ReformerEncoderDecoder(PretrainedModel):
             )
         depth = len(decoder_config.layers)
         kinds = (cross,) * depth if isinstance(cross, str) else tuple(cross)
-        if len(kinds) != depth or any(kind not in CROSS_KINDS for kind in kinds):
+        if len(kinds) != depth or any(kind not in CROSS_ATTENTIONS for kind in kinds):
             raise ValueError(
-                f"ReformerEncoderDecoder: expected cross to be one of {CROSS_KINDS}, or one for "
-                f"each of {depth} decoder layers, got {cross!r}"
+                f"ReformerEncoderDecoder: expected cross to be one of {tuple(CROSS_ATTENTIONS)}, "
+                f"or one for each of {depth} decoder layers, got {cross!r}"
             )
         self.encoder_config = encoder_config
         self.decoder_config = decoder_config
@@ -355,9 +353,9 @@ class _Decoder(Reformer):
         for index, (block, kind) in enumerate(zip(self.layers.blocks, cross, strict=True)):
             assert isinstance(block, ReversibleBlock)
             assert isinstance(block.f, AttentionBlock)
-            attention = _cross_attention(config, context_dim, kind, index)
+            attention = CROSS_ATTENTIONS[kind].of_layer(config, context_dim, index)
             block.f = DecoderAttentionBlock(block.f, AttentionBlock(config, attention))
-        if config.attention_dropout > 0.0 and "full" in cross:
+        if any(layer.draws for layer in self.cross_layers()):
             self.layers.preserve_rng_state = True
         self._initialize()
 
@@ -406,7 +404,7 @@ class _Decoder(Reformer):
     ) -> EncoderDecoderCache:
         """See :meth:`ReformerEncoderDecoder.new_cache`."""
         name = "ReformerEncoderDecoder.new_cache"
-        if "lsh" in self.cross:
+        if not all(layer.decodes for layer in self.cross_layers()):
             raise ValueError(
                 f"{name}: expected cross-attention 'full' in all decoder layers, got {self.cross}; "
                 "where chunks of LSH cross-attention begin depends on all queries, so that it "
@@ -436,11 +434,14 @@ class _Decoder(Reformer):
                 + ("no source after the prompt, got one" if has_source else "a source, got none")
             )
 
+    def cross_layers(self) -> list[CrossAttention]:
+        """The cross-attention of each layer."""
+        return [block.f.cross.attention for block in self.layers.blocks]  # type: ignore
+
     def _fill_cross(
         self, cache: EncoderDecoderCache, context: Tensor, context_padding_mask: Tensor | None
     ) -> None:
-        layers = (layer for layer in self.modules() if isinstance(layer, FullCrossAttention))
-        for layer, cross in zip(layers, cache.cross, strict=True):
+        for layer, cross in zip(self.cross_layers(), cache.cross, strict=True):
             assert isinstance(cross, CrossCache)
             layer.fill_cache(cross, context, context_padding_mask)
 
@@ -453,49 +454,21 @@ class _Decoder(Reformer):
     ) -> list[dict[str, Any]]:
         """What each cross-attention gets beside x and context; after ``_layer_kwargs``, which
         counts ``hash_step``."""
+        config, layers = self.config, self.cross_layers()
         step = self.hash_step.clone() if self.training else 0
         seed: Tensor | None = None
-        if self.training and self.config.attention_dropout > 0.0 and "lsh" in self.cross:
+        if self.training and any(layer.dropout > 0.0 and not layer.draws for layer in layers):
             seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-        config, result = self.config, []
-        for index, layer in enumerate(config.schedule):
-            kind = self.cross[layer]
-            kwargs: dict[str, Any] = {"context_padding_mask": context_padding_mask}
-            if kind == "lsh":
-                kwargs.update(
-                    query_padding_mask=key_padding_mask,
-                    n_hashes=n_hashes,
-                    hash_step=step,
-                    dropout_seed=None if seed is None else seed + index,
-                    return_buckets=True,
-                )
-                if config.repeat > 1:  # each call hashes anew, other than all self-attention
-                    kwargs["hash_seed"] = config.hash_seed + len(config.schedule) + index
-            result.append(kwargs)
-        return result
-
-
-def _cross_attention(
-    config: ReformerConfig, context_dim: int, kind: str, index: int
-) -> FullCrossAttention | LSHCrossAttention:
-    if kind == "full":
-        return FullCrossAttention(
-            config.dim,
-            config.heads,
-            context_dim=context_dim,
-            head_dim=config.head_dim,
-            dropout=config.attention_dropout,
-        )
-    return LSHCrossAttention(
-        config.dim,
-        config.heads,
-        context_dim=context_dim,
-        head_dim=config.head_dim,
-        n_hashes=config.n_hashes,
-        chunk_size=config.chunk_size,
-        n_buckets=config.n_buckets,
-        same_bucket=config.same_bucket,
-        correct_duplicates=config.correct_duplicates,
-        dropout=config.attention_dropout,
-        hash_seed=config.hash_seed + len(config.layers) + index,
-    )
+        first = config.hash_seed + len(config.schedule)
+        return [
+            layers[index].cross_kwargs(
+                context_padding_mask,
+                query_padding_mask=key_padding_mask,
+                n_hashes=n_hashes,
+                hash_step=step,
+                # A layer that is called again hashes anew, other than all self-attention.
+                hash_seed=None if config.repeat == 1 else first + call,
+                dropout_seed=None if seed is None else seed + call,
+            )
+            for call, index in enumerate(config.schedule)
+        ]
