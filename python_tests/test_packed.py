@@ -415,3 +415,21 @@ def test_cuda_does_not_synchronise_and_agrees_with_cpu(device: str) -> None:
     for name, x, target in zip(("out", "grad_qk", "grad_v"), got, expected, strict=True):
         error = (x.cpu() - target).abs().max().item()
         assert error < 1e-4, f"{name}: off by {error:.1e}"
+
+
+def test_next_values_do_not_cross_the_border_of_sequences() -> None:
+    """Own values are split with the others; values are mixed within each sequence."""
+    lengths, cu_seqlens = [40, 1, 23], [0, 40, 41, 64]
+    qk, v, own = torch.randn(3, 1, 2, 64, 16, dtype=torch.float64)
+    mix = torch.rand(2, 2).double()
+    options = {"n_hashes": 2, "chunk_size": 8, "n_buckets": 4, "causal": True}
+    rotations = reformer_ext.sample_rotations(2, 16, 2, 4, dtype=torch.float64)
+    parts = [x.split(lengths, dim=2) for x in (qk, v, own)]
+    for given in ({"own_values": own}, {"value_mix": mix}):
+        out = reformer_ext.lsh_attention_packed(
+            qk, v, cu_seqlens, rotations=rotations, **given, **options
+        )
+        for part, q, values, theirs in zip(out.split(lengths, dim=2), *parts, strict=True):
+            more = {"own_values": theirs} if "own_values" in given else given
+            one = reformer_ext.lsh_attention(q, values, rotations=rotations, **more, **options)
+            torch.testing.assert_close(part, one, rtol=0, atol=0)
