@@ -424,6 +424,40 @@ def test_models_on_the_meta_device(fields: dict[str, Any]) -> None:
             assert model(tokens[:, :1], cache=cache).shape == (2, 1, 256)
 
 
+@pytest.mark.parametrize("kind", ["lsh", "local", "full", "shared"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])
+def test_what_is_at_padding_does_not_matter(kind: str, causal: bool) -> None:
+    """NaN in embeddings there: outputs and gradients of the rest stay, to the bit."""
+    layer = Layer("full", {"shared_qk": True}) if kind == "shared" else kind
+    model = language_model(layers=(layer, layer), causal=causal)
+    x = torch.randn(2, 20, 16, dtype=torch.float64)
+    padding = torch.arange(20) >= torch.tensor([[20], [13]])
+    results = []
+    for value in (0.0, math.nan, math.inf):
+        model.reformer.hash_step.zero_()
+        given = x.masked_fill(padding[..., None], value).requires_grad_()
+        out = model(given, key_padding_mask=padding)[~padding]
+        inputs = [given, *model.reformer.layers.parameters()]
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+        assert not results[-1][1][padding].any()
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("shared_qk", [True, False])
+def test_full_attention_does_not_see_padding(shared_qk: bool) -> None:
+    layer = FullSelfAttention(16, 2, shared_qk=shared_qk).double()
+    x = torch.randn(2, 20, 16, dtype=torch.float64)
+    padding = torch.arange(20) >= torch.tensor([[20], [13]])
+    results = []
+    for value in (0.0, math.nan):
+        given = x.masked_fill(padding[..., None], value).requires_grad_()
+        out = layer(given, key_padding_mask=padding)[~padding]
+        (gradient,) = torch.autograd.grad(out.square().sum(), given)
+        results.append((out, gradient[~padding]))
+    assert all(map(torch.equal, *results))
+
+
 def test_tokens_beyond_the_vocabulary_are_named() -> None:
     model = language_model()
     for token in (TOKENS, -1):

@@ -1,4 +1,4 @@
-"""The two halves of a reversible layer: attention and feed-forward, each with its norm."""
+"""What models are made of: the two halves of a reversible layer, and what goes around the stack."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ __all__ = [
     "FeedForwardBlock",
     "autocast_dtype",
     "by_heads",
+    "lm_head",
     "look_up",
     "with_cross",
+    "without_padding",
 ]
 
 
@@ -139,3 +141,22 @@ def with_cross(
         {"self_kwargs": of_self, "cross_kwargs": {"cache": cross}}
         for of_self, cross in zip(kwargs, cross_caches, strict=True)
     ]
+
+
+def without_padding(tokens: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """Embeddings ``(B, L, dim)`` with zeros for what is not finite at padding: the gradient of a
+    weight would be 0 times NaN. Tokens as they are."""
+    if key_padding_mask is None or not tokens.is_floating_point():
+        return tokens
+    return tokens.masked_fill(key_padding_mask[..., None] & ~tokens.isfinite(), 0.0)
+
+
+def lm_head(config: ReformerConfig) -> nn.Linear | None:
+    """From hidden states to the vocabulary; None if the embedding serves."""
+    if config.tie_embeddings:
+        return None
+    head = nn.Linear(config.output_width, config.vocab_size, bias=config.head_bias)
+    nn.init.normal_(head.weight, std=config.initializer_range)
+    if config.head_bias:
+        nn.init.zeros_(head.bias)
+    return head

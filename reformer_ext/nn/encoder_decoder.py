@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .attention import check_padding
-from .blocks import AttentionBlock
+from .blocks import AttentionBlock, lm_head, without_padding
 from .cache import DecodingCache, reorder_rows
 from .checks import is_int
 from .config import ReformerConfig
 from .cross_attention import CROSS_ATTENTIONS, CrossAttention, CrossCache
 from .feed_forward import chunked_lm_loss
-from .models import Reformer, lm_head
+from .models import Reformer
 from .pretrained import PretrainedModel, config_from_fields
 from .reversible import ReversibleBlock
 
@@ -370,6 +370,7 @@ class _Decoder(Reformer):
         cache: EncoderDecoderCache | None = None,
     ) -> Tensor:
         self._check(tokens, key_padding_mask, n_hashes)
+        tokens = without_padding(tokens, key_padding_mask)
         if cache is not None:
             self._check_cross(cache, context is not None, tokens, n_hashes)
             if context is not None:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from ..ops import exports_any
 from ..packed import map_sequences, sequence_lengths
 from .attention import ATTENTIONS, AttentionCall, SelfAttention, check_padding
-from .blocks import AttentionBlock, FeedForwardBlock, autocast_dtype, by_heads, look_up, with_cross
+from .blocks import (
+    AttentionBlock,
+    FeedForwardBlock,
+    autocast_dtype,
+    by_heads,
+    lm_head,
+    look_up,
+    with_cross,
+    without_padding,
+)
 from .cache import CacheSizes, DecodingCache
 from .checks import is_int
 from .config import ReformerConfig
@@ -131,6 +140,7 @@ class Reformer(nn.Module):
             RuntimeError: a cache in training or where gradients are recorded.
         """
         self._check(tokens, key_padding_mask, n_hashes)
+        tokens = without_padding(tokens, key_padding_mask)
         if cache is not None:
             if cu_seqlens is not None:
                 raise ValueError("Reformer: expected cu_seqlens or a cache, got both")
@@ -481,17 +491,6 @@ class ReformerLM(PretrainedModel):
             chunk_size=self.config.loss_chunk_size,
             reduction=reduction,
         )
-
-
-def lm_head(config: ReformerConfig) -> nn.Linear | None:
-    """From hidden states to the vocabulary; None if the embedding serves."""
-    if config.tie_embeddings:
-        return None
-    head = nn.Linear(config.output_width, config.vocab_size, bias=config.head_bias)
-    nn.init.normal_(head.weight, std=config.initializer_range)
-    if config.head_bias:
-        nn.init.zeros_(head.bias)
-    return head
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

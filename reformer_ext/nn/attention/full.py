@@ -125,8 +125,12 @@ class FullSelfAttention(SelfAttention):
         """``(B, L, dim) -> (B, L, dim)``; arguments as in :meth:`LSHSelfAttention.forward`.
         Dropout draws from the global generator."""
         self.check_heads(heads, cache)
-        *qk, v = self.turn(self.project_in(x, norm, heads), rotary)
         check_padding("FullSelfAttention: expected key_padding_mask", key_padding_mask, x)
+        projected = self.project_in(x, norm, heads)
+        if key_padding_mask is not None:  # its weights are 0, but 0 times NaN is NaN
+            unfit = key_padding_mask[:, None, :, None] & ~projected.isfinite()
+            projected = projected.masked_fill(unfit, 0.0)
+        *qk, v = self.turn(projected, rotary)
         q, k = qk if not self.shared_qk else (qk[0], F.normalize(qk[0], dim=-1))
         if cache is not None and cache_lengths is not None:
             out = cache.attend(q, k, v, cache_lengths, scale=self.scale, mask_self=self.shared_qk)
