@@ -38,6 +38,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("rotations"), py::arg("n_buckets"), py::arg("options") = AttentionOptions(),
         py::arg("k") = py::none(), py::arg("buckets") = py::none(), py::arg("same_bucket") = false,
         release_gil());
+  m.def("lsh_cross_attention", &reformer::lsh_cross_attention, py::arg("q"), py::arg("k"),
+        py::arg("v"), py::arg("rotations"), py::arg("n_buckets"),
+        py::arg("options") = AttentionOptions(), py::arg("query_padding_mask") = py::none(),
+        py::arg("buckets") = py::none(), py::arg("same_bucket") = false, release_gil());
   m.def("merge_attention", &merge_attention, py::arg("outs"), py::arg("lses"), release_gil());
   m.def("apply_rotary", &reformer::apply_rotary, py::arg("x"), py::arg("cos"), py::arg("sin"),
         release_gil());

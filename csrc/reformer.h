@@ -71,6 +71,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lsh_attention(
     const std::optional<at::Tensor>& k = {}, const std::optional<at::Tensor>& buckets = {},
     bool same_bucket = false);
 
+// LSH attention of queries q [B, H, Lq, D] over keys and values k, v [B, H, Lk, D] of another
+// sequence: both are hashed by the same rotations and sorted in one list of Lq + Lk rows, in a
+// bucket the queries first. n_buckets: of the Lq + Lk rows. options.key_padding_mask bool [B, Lk],
+// query_padding_mask bool [B, Lq]; in a chunk keys follow queries, so look_ahead is best 1; neither
+// causal nor mask_self. buckets int32 [B, H, R, Lq + Lk]: reuse these instead of hashing.
+// -> out [B, H, Lq, D] (0 for a query that meets no key), lse [B, H, Lq], buckets.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lsh_cross_attention(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+    const std::optional<at::Tensor>& rotations, at::IntArrayRef n_buckets,
+    const AttentionOptions& options = {}, const std::optional<at::Tensor>& query_padding_mask = {},
+    const std::optional<at::Tensor>& buckets = {}, bool same_bucket = false);
+
 // Scratch memory that chunked_attention takes on CUDA, in bytes: heads that need more together are
 // worked on in groups, with the same results; one head takes what it needs. Of the whole process;
 // 1.25 GiB at first.

@@ -100,6 +100,7 @@ def test_info_lists_operators_and_backends() -> None:
         "reformer::chunked_attention_backward": kernels,
         "reformer::lsh_attention": ["composite"],
         "reformer::lsh_cache_append": [*kernels, "composite"],
+        "reformer::lsh_cross_attention": ["composite"],
         "reformer::lsh_decode": [*kernels, "composite"],
         "reformer::lsh_hash": kernels,
         "reformer::merge_attention": ["composite"],
@@ -141,6 +142,11 @@ def test_bindings_are_the_operators() -> None:
     order = _C.bucket_sort(buckets, 8)
     again, _ = _C.chunked_attention(qk, None, v, order, options)
     torch.testing.assert_close(again, out, rtol=0, atol=0)
+    cross, _, _ = _C.lsh_cross_attention(qk, v, v, rotations, n_buckets)
+    expected_cross = reformer_ext.lsh_cross_attention(
+        qk, v, v, n_buckets=n_buckets, rotations=rotations, look_ahead=0
+    )
+    torch.testing.assert_close(cross, expected_cross, rtol=0, atol=0)
     merged, merged_lse = _C.merge_attention([out, out], [lse, lse])
     torch.testing.assert_close(merged, out)
     torch.testing.assert_close(merged_lse, lse + torch.log(torch.tensor(2.0)))

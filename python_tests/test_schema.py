@@ -52,6 +52,12 @@ SCHEMAS = {
         f"Tensor? k=None, Tensor? buckets=None, bool same_bucket=False, {_OPTIONS}{_DROPOUT}) "
         "-> (Tensor out, Tensor lse, Tensor buckets)"
     ),
+    "lsh_cross_attention": (
+        "reformer::lsh_cross_attention(Tensor q, Tensor k, Tensor v, Tensor? rotations, "
+        "int[] n_buckets, *, Tensor? query_padding_mask=None, Tensor? buckets=None, "
+        f"bool same_bucket=False, {_OPTIONS}{_DROPOUT}) "
+        "-> (Tensor out, Tensor lse, Tensor buckets)"
+    ),
     "lsh_decode": (
         "reformer::lsh_decode(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor counts, "
         "Tensor buckets, *, Tensor? own_values=None, float? scale=None, "

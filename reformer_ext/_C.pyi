@@ -40,6 +40,17 @@ def lsh_attention(
     buckets: Tensor | None = None,
     same_bucket: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def lsh_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotations: Tensor | None,
+    n_buckets: Sequence[int],
+    options: AttentionOptions = ...,
+    query_padding_mask: Tensor | None = None,
+    buckets: Tensor | None = None,
+    same_bucket: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]: ...
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
 def split_heads(x: Tensor, parts: int, cos: Tensor, sin: Tensor) -> list[Tensor]: ...

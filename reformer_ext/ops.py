@@ -10,7 +10,6 @@ run on the current stream without synchronising, and give the same bits run to r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -420,68 +419,39 @@ def lsh_cross_attention(
     """
     if q.dim() != 4:
         raise RuntimeError(f"lsh_cross_attention: expected q [B, H, Lq, D], got {list(q.shape)}")
-    batch, heads, length, head_dim = q.shape
-    if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (batch, heads, head_dim):
-        raise RuntimeError(
-            f"lsh_cross_attention: expected k [{batch}, {heads}, Lk, {head_dim}], "
-            f"got {list(k.shape)}"
-        )
-    if v.shape != k.shape:
-        raise RuntimeError(
-            f"lsh_cross_attention: expected v {list(k.shape)}, as k, got {list(v.shape)}"
-        )
-    for name, x in (("k", k), ("v", v)):
-        if x.device != q.device:
-            raise RuntimeError(
-                f"lsh_cross_attention: expected {name} on {q.device}, as q, got {x.device}"
-            )
-        # Autocast brings them to one dtype; else the concatenation below would, unasked.
-        if x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
-            raise RuntimeError(
-                f"lsh_cross_attention: expected {name} of dtype {q.dtype}, as q, got {x.dtype}"
-            )
-    query_padding = _padding(
-        "lsh_cross_attention: expected query_padding_mask", q, query_padding_mask
-    )
-    key_padding = _padding("lsh_cross_attention: expected key_padding_mask", k, key_padding_mask)
-    # Each row is a query and a key: a query is masked as a key, and a key's result is cut off.
-    joint = torch.cat([q, k], dim=2)
-    values = torch.cat([torch.zeros_like(q), v], dim=2)
-    unseen = torch.cat([torch.ones_like(query_padding), key_padding], dim=1)
-
     if n_buckets is None:
-        n_buckets = default_n_buckets(joint.shape[2], chunk_size)
+        rows = q.shape[2] + (k.shape[2] if k.dim() == 4 else 1)  # any other rank is refused below
+        n_buckets = default_n_buckets(rows, chunk_size)
     factors = _factors("lsh_cross_attention", n_buckets)
-    if buckets is None:
-        if rotations is None:
-            rotations = sample_rotations(
-                heads,
-                head_dim,
-                n_hashes,
-                factors,
-                generator=generator,
-                device=q.device,
-                dtype=q.dtype,
-            )
-        padding = torch.cat([query_padding, key_padding], dim=1)
-        buckets = lsh_hash(joint.detach(), rotations, factors, padding)
-    out, lse = chunked_attention(
-        joint,
-        joint,
-        values,
-        bucket_sort(buckets, math.prod(factors) + 1),
+    if rotations is None and buckets is None:
+        rotations = sample_rotations(
+            q.shape[1],
+            q.shape[3],
+            n_hashes,
+            factors,
+            generator=generator,
+            device=q.device,
+            dtype=q.dtype,
+        )
+    out, lse, buckets = torch.ops.reformer.lsh_cross_attention.default(
+        q,
+        k,
+        v,
+        rotations,
+        factors,
+        query_padding_mask=query_padding_mask,
+        buckets=buckets,
+        same_bucket=same_bucket,
         chunk_size=chunk_size,
         look_back=look_back,
         look_ahead=look_ahead,
         wrap=wrap,
         scale=scale,
-        key_padding_mask=unseen,
-        buckets=buckets if same_bucket else None,
+        key_padding_mask=key_padding_mask,
         correct_duplicates=correct_duplicates,
         dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
+        dropout_seed=seed_tensor(dropout_seed, dropout_p, q.device),
     )
-    out, lse = out[:, :, :length], lse[:, :, :length]
     if not (return_lse or return_buckets):
         return out
     return (out, *([lse] if return_lse else []), *([buckets] if return_buckets else []))
@@ -717,18 +687,6 @@ def _factors(op: str, n_buckets: int | Sequence[int]) -> list[int]:
     if not factors or any(factor < 2 or factor % 2 for factor in factors):
         raise RuntimeError(f"{op}: expected n_buckets to be even and >= 2, got {n_buckets}")
     return factors
-
-
-def _padding(expected: str, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask of ``x (B, H, L, D)``, checked: bool ``(B, L)``, by default False."""
-    shape = (x.shape[0], x.shape[2])
-    if mask is None:
-        return torch.zeros(shape, dtype=torch.bool, device=x.device)
-    if mask.shape != shape or mask.dtype != torch.bool:
-        raise RuntimeError(
-            f"{expected} {list(shape)} of torch.bool, got {list(mask.shape)} of {mask.dtype}"
-        )
-    return mask
 
 
 def seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:

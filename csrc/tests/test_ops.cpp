@@ -37,8 +37,8 @@ std::string error_of(Call call) {
 
 void test_registered_by_name() {
   for (const char* op : {"lsh_hash", "bucket_sort", "chunked_attention", "lsh_attention",
-                         "lsh_cache_append", "lsh_decode", "merge_attention", "apply_rotary",
-                         "split_heads", "merge_heads", "next_values"}) {
+                         "lsh_cross_attention", "lsh_cache_append", "lsh_decode", "merge_attention",
+                         "apply_rotary", "split_heads", "merge_heads", "next_values"}) {
     const std::string name = std::string("reformer::") + op;
     EXPECT(c10::Dispatcher::singleton().findSchema({name, ""}).has_value());
   }
@@ -101,6 +101,41 @@ void test_lsh_attention_is_its_steps() {
 
   const c10::InferenceMode inference;
   EXPECT(close(std::get<0>(reformer::lsh_attention(qk, v, rotations, n_buckets, options)), out));
+}
+
+// In one chunk every query meets every key: attention of ATen's, gradients too.
+void test_lsh_cross_attention_in_one_chunk() {
+  const std::vector<int64_t> n_buckets = {2};
+  const auto rotations = randn({2, 8, 1, 1});
+  std::vector<at::Tensor> ours, exact;
+  for (const int64_t length : {11, 20, 20}) {
+    const auto x = randn({1, 2, length, 8});
+    ours.push_back(x.clone().requires_grad_());
+    exact.push_back(x.clone().requires_grad_());
+  }
+  reformer::AttentionOptions options;
+  options.chunk_size = 31;
+  options.look_back = 0;
+  const auto attend = [&] {
+    return reformer::lsh_cross_attention(ours[0], ours[1], ours[2], rotations, n_buckets, options);
+  };
+  const auto [out, lse, buckets] = attend();
+  const auto expected = at::scaled_dot_product_attention(exact[0], exact[1], exact[2]);
+  EXPECT(close(out, expected));
+  EXPECT(lse.sizes() == at::IntArrayRef({1, 2, 11}));
+  EXPECT(at::equal(buckets.narrow(3, 0, 11), reformer::lsh_hash(ours[0], rotations, n_buckets)));
+  const auto grad = randn({1, 2, 11, 8});
+  out.backward(grad);
+  expected.backward(grad);
+  for (int i = 0; i < 3; ++i) EXPECT(close(ours[i].grad(), exact[i].grad()));
+
+  // A padding key is met by no query.
+  options.key_padding_mask = (at::arange(20) < 7).unsqueeze(0);
+  const auto [seen_out, seen_lse, seen_buckets] = attend();
+  EXPECT(close(seen_out, at::scaled_dot_product_attention(exact[0], exact[1].narrow(2, 7, 13),
+                                                          exact[2].narrow(2, 7, 13))));
+  options.causal = true;
+  EXPECT(error_of(attend).find("expected neither causal nor mask_self") != std::string::npos);
 }
 
 // With one bucket that forgets nothing, decoding is exact attention to everything before.
@@ -175,6 +210,7 @@ int main() {
   test_hash_and_sort();
   test_attention_against_aten();
   test_lsh_attention_is_its_steps();
+  test_lsh_cross_attention_in_one_chunk();
   test_decoding_step_by_step();
   test_merge();
   test_splitting_into_heads();
