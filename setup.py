@@ -44,7 +44,7 @@ sources = [f for f in sorted(glob("csrc/*.cpp")) if with_cuda or not f.endswith(
 extension = (CUDAExtension if with_cuda else CppExtension)(
     "reformer_ext._C",
     sources + (sorted(glob("csrc/kernels/**/*.cu", recursive=True)) if with_cuda else []),
-    include_dirs=[str(Path("csrc/kernels").absolute())],
+    include_dirs=[str(Path(folder).absolute()) for folder in ("csrc", "csrc/kernels")],
     extra_compile_args={
         # -fopenmp: at::parallel_for is serial without it. -g0: Python's -g doubles the build time.
         "cxx": ["-O3", "-g0", "-fopenmp", f"-DREFORMER_BUILD_INFO={quoted_info}"],
