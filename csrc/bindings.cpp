@@ -3,7 +3,10 @@
 // callers that want the C++ API as it is, and says what it was built for.
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
+
 #include "attention_options.h"
+#include "plan.h"
 #include "reformer.h"
 
 namespace {
@@ -11,6 +14,14 @@ namespace {
 std::tuple<at::Tensor, at::Tensor> merge_attention(const std::vector<at::Tensor>& outs,
                                                    const std::vector<at::Tensor>& lses) {
   return reformer::merge_attention(outs, lses);
+}
+
+reformer::KernelPlan plan(const std::array<int64_t, 4>& shape, at::ScalarType dtype, int64_t rounds,
+                          const std::vector<int64_t>& n_buckets, bool shared_qk, bool same_bucket,
+                          const reformer::AttentionOptions& options, int64_t arch,
+                          int64_t multiprocessors) {
+  return reformer::plan({shape[0], shape[1], shape[2], shape[3], dtype, rounds, n_buckets,
+                         shared_qk, same_bucket, options, arch, multiprocessors});
 }
 
 py::object build_info() { return py::module_::import("json").attr("loads")(REFORMER_BUILD_INFO); }
@@ -63,6 +74,20 @@ PYBIND11_MODULE(_C, m) {
         py::arg("chunk_size") = 64, release_gil());
   m.def("set_workspace_limit", &reformer::set_workspace_limit, py::arg("bytes"));
   m.def("workspace_limit", &reformer::workspace_limit);
+  py::class_<reformer::KernelChoice>(m, "KernelChoice", py::metaclass((PyObject*)&PyType_Type))
+      .def_readonly("kernel", &reformer::KernelChoice::kernel)
+      .def_readonly("workspace", &reformer::KernelChoice::workspace)
+      .def_readonly("group", &reformer::KernelChoice::group);
+  py::class_<reformer::KernelPlan>(m, "KernelPlan", py::metaclass((PyObject*)&PyType_Type))
+      .def_readonly("arch", &reformer::KernelPlan::arch)
+      .def_readonly("multiprocessors", &reformer::KernelPlan::multiprocessors)
+      .def_readonly("hash", &reformer::KernelPlan::hash)
+      .def_readonly("sort", &reformer::KernelPlan::sort)
+      .def_readonly("forward", &reformer::KernelPlan::forward)
+      .def_readonly("backward", &reformer::KernelPlan::backward);
+  m.def("plan", &plan, py::arg("shape"), py::arg("dtype"), py::arg("rounds"), py::arg("n_buckets"),
+        py::arg("shared_qk"), py::arg("same_bucket"), py::arg("options"), py::arg("arch"),
+        py::arg("multiprocessors"));
   m.def("build_info", &build_info,
         "What this library was built for: python, torch, cuda, cuda_archs.");
 }

@@ -87,6 +87,12 @@ def test_cuda_switch_is_checked() -> None:
     assert "REFORMER_CUDA: expected 0 or 1, got 'yes'" in done.stderr
 
 
+def test_sources_have_objects_of_their_own() -> None:
+    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/kernels/**/*.cu")]
+    assert len(sources) > 30
+    assert len({source.with_suffix(".o") for source in sources}) == len(sources)
+
+
 def test_info_lists_operators_and_backends() -> None:
     facts = info()
     json.dumps(facts)

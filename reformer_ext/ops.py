@@ -11,6 +11,7 @@ run on the current stream without synchronising, and give the same bits run to r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ __all__ = [
     "merge_attention",
     "merge_heads",
     "next_values",
+    "plan",
     "sample_rotations",
     "set_workspace_limit",
     "split_heads",
@@ -658,6 +660,121 @@ def lsh_cache_append(
         normalize=normalize,
         value_mix=value_mix,
         last_values=last_values,
+    )
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """A kernel's name, its scratch memory in bytes, and how many heads share that at a time (for
+    the sort: sequences, one for each head and round)."""
+
+    kernel: str
+    workspace: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`plan` answers. ``hash`` and ``sort`` are None for local attention.
+
+    Kernels: hash ``direct``, ``wgmma``, ``mma_sync``, ``simt``; sort ``cluster``, ``tiles``,
+    ``packed``, ``wide``; attention ``local``, ``wgmma``, ``mma_sync``, ``generic``.
+    """
+
+    arch: int
+    multiprocessors: int
+    hash: KernelChoice | None
+    sort: KernelChoice | None
+    forward: KernelChoice
+    backward: KernelChoice
+
+
+def plan(
+    shape: tuple[int, int, int, int],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    n_hashes: int = 8,
+    n_buckets: int | Sequence[int] | None = None,
+    keys: bool = False,
+    same_bucket: bool = False,
+    padding: bool = False,
+    chunk_size: int = 64,
+    look_back: int = 1,
+    look_ahead: int = 0,
+    causal: bool = False,
+    mask_self: bool | None = None,
+    wrap: bool | None = None,
+    scale: float | None = None,
+    correct_duplicates: bool = False,
+    dropout_p: float = 0.0,
+    arch: int | None = None,
+    multiprocessors: int | None = None,
+) -> Plan:
+    """Which CUDA kernels an attention of these sizes would run, without running them.
+
+    Answered by the code that chooses them, for a build with code for 9.0a and PTX for 8.0; needs no
+    GPU. Tensors are taken to be contiguous.
+
+    Args:
+        shape: ``(B, H, L, D)`` of the queries.
+        dtype: of the tensors, the rotations included.
+        n_hashes: rounds; 0: local attention, in natural order.
+        n_buckets: as in :func:`lsh_attention`; default :func:`default_n_buckets` of L.
+        keys: whether keys are given, not shared with the queries.
+        padding: whether a key padding mask is given: its positions have a bucket of their own.
+        same_bucket, chunk_size, look_back, look_ahead, causal, mask_self, wrap, scale,
+            correct_duplicates, dropout_p: as in :func:`lsh_attention`.
+        arch: 80, 86, 89, 90, 100 or 120: compute capability 8.0 and so on; default: the current
+            GPU's, without one 90.
+        multiprocessors: of the GPU; default: the current GPU's if ``arch`` is its own, else those
+            of an A100, A40, L40S, H200, B200 or RTX PRO 6000.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties()
+        if arch in (None, gpu.major * 10 + gpu.minor):
+            arch = gpu.major * 10 + gpu.minor
+            multiprocessors = multiprocessors or gpu.multi_processor_count
+    options = _C.AttentionOptions()
+    options.chunk_size = chunk_size
+    options.look_back = look_back
+    options.look_ahead = look_ahead
+    options.causal = causal
+    options.mask_self = mask_self
+    options.wrap = wrap
+    options.scale = scale
+    options.key_padding_mask = torch.zeros(1) if padding else None  # whether there is one counts
+    options.correct_duplicates = correct_duplicates
+    options.dropout_p = dropout_p
+    factors: list[int] = []
+    if n_hashes > 0:
+        if n_buckets is None:
+            n_buckets = default_n_buckets(shape[2], chunk_size)
+        factors = _factors("plan", n_buckets)
+    found = _C.plan(
+        shape,
+        dtype,
+        n_hashes,
+        factors,
+        shared_qk=not keys,
+        same_bucket=same_bucket,
+        options=options,
+        arch=arch or 90,
+        multiprocessors=multiprocessors or 0,
+    )
+
+    def choice(of: _C.KernelChoice) -> KernelChoice:
+        return KernelChoice(of.kernel, of.workspace, of.group)
+
+    return Plan(
+        arch=found.arch,
+        multiprocessors=found.multiprocessors,
+        hash=choice(found.hash) if n_hashes > 0 else None,
+        sort=choice(found.sort) if n_hashes > 0 else None,
+        forward=choice(found.forward),
+        backward=choice(found.backward),
     )
 
 

@@ -5,14 +5,9 @@
 
 #include <cstdint>
 
-namespace reformer::kernels {
+#include "bucket_sort/params.h"
 
-struct BucketSortParams {
-  const int32_t* buckets;  // [segments, length]; values outside [0, n_buckets) are clamped into it
-  int32_t* order;          // [segments, length], out: positions by (bucket, position)
-  void* workspace;         // bucket_sort_workspace(...) bytes, 256-byte aligned
-  int64_t segments, length, n_buckets;
-};
+namespace reformer::kernels {
 
 // Bytes of scratch that bucket_sort needs for these sizes (0 when it needs none).
 int64_t bucket_sort_workspace(const BucketSortParams& params);

@@ -19,7 +19,7 @@
 
 #include "../kernels/bucket_sort.h"
 #include "../kernels/lsh_hash.h"
-#include "../kernels/lsh_hash/columns.h"
+#include "../kernels/lsh_hash/instances.h"
 
 namespace {
 

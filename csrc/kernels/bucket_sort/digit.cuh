@@ -21,10 +21,6 @@
 
 namespace reformer::kernels::sort {
 
-inline constexpr int kDigitThreads = 128;
-inline constexpr int kDigitBlocks = 4;  // per multiprocessor: 128 registers a thread
-inline constexpr int kMaxDigitBits = 8;
-inline constexpr int kChunkBytes = 256;
 static_assert(1 << kMaxDigitBits <= 2 * kDigitThreads, "a thread looks after two bins");
 
 template <class Pass>
@@ -248,7 +244,6 @@ struct BucketsToPacked {
   using Input = int32_t;
   using Key = uint32_t;
   using Word = uint32_t;  // low digit (8 bits), index in the tile, rest
-  static constexpr int kRestBits = 11;
 
   const int32_t* input;
   uint32_t* output;
@@ -267,7 +262,7 @@ struct BucketsToPacked {
     output[slot] = (rest << position_bits) + item + static_cast<uint32_t>(begin);
   }
 };
-static_assert(kDigitTile<BucketsToPacked> <= 1 << (24 - BucketsToPacked::kRestBits));
+static_assert(kDigitTile<BucketsToPacked> <= 1 << (24 - kRestBits));
 
 // The other passes: by a digit of these records, to records or, at last, to positions.
 template <bool kLast>

@@ -15,19 +15,12 @@
 
 #include "bucket_sort.h"
 #include "bucket_sort/digit.cuh"
+#include "bucket_sort/plan.h"
 #include "bucket_sort/tile.cuh"
 
 namespace reformer::kernels {
 namespace sort {
 namespace {
-
-constexpr int kClusterThreads = 1024, kMaxClusterItems = 32;  // items per thread
-constexpr int kClusters[] = {1, 2, 3, 4, 8};  // blocks; 8 is the largest portable size
-constexpr int kMaxClusterTile = kClusterThreads * kMaxClusterItems;
-constexpr int kTileThreads = 512, kTileItems = 32;  // items per thread
-constexpr int kTile = kTileThreads * kTileItems;
-constexpr int kMaxTileBuckets = 1 << 16;                // whose counters and items take 16 bits
-constexpr int64_t kWorkspaceTarget = int64_t{1} << 30;  // segments are sorted in groups that fit it
 
 // ---- Cluster
 
@@ -305,8 +298,6 @@ struct MakeWidePass {
   }
 };
 
-int tiles_of(int64_t length, int tile) { return static_cast<int>(ceil_div<int64_t>(length, tile)); }
-
 // A pass whose scatter runs in blocks of `threads` with `scatter_bytes` of shared memory.
 template <class MakePass>
 cudaError_t run_pass(const MakePass& make_pass,
@@ -343,104 +334,16 @@ cudaError_t run_digit_pass(const MakePass& make_pass, uint32_t* histograms,
                   DigitMemory(bins).bytes(), histograms, params, bins, stream);
 }
 
-// ---- Choice
+static_assert(kPackedTile == kDigitTile<BucketsToPacked>);
+static_assert(kWideTile == MakeWidePass<true, true>::kTile);
 
-enum class Method { cluster, tiles, packed, wide };
-
-struct Plan {
-  Method method;
-  int cluster;                            // blocks per segment
-  int passes, bits, digit_bits;           // of the buckets and of the first pass, the longest
-  int position_bits;                      // of a position
-  int64_t group;                          // segments sorted together: they share the workspace
-  int64_t histogram_bytes, record_bytes;  // per segment and buffer
-  int record_buffers;
-
-  int64_t workspace() const { return group * (histogram_bytes + record_buffers * record_bytes); }
-};
-
-int bits_of(int64_t n_buckets) {
-  int bits = 1;
-  while ((int64_t{1} << bits) < n_buckets) ++bits;
-  return bits;
-}
-
-// Time of a kernel whose blocks work through `items` each, in items of one multiprocessor. The
-// constants fit measurements on an H200.
-int64_t cluster_cost(const BucketSortParams& params, int cluster, int multiprocessors) {
-  constexpr int64_t kBlockStart = 2048;
-  // A cluster lives within one group of 16 to 18 multiprocessors, so larger ones leave some idle.
-  const int64_t slots =
-      std::max(1, cluster <= 2 ? multiprocessors / cluster : multiprocessors * 7 / 8 / cluster);
-  return ceil_div(params.segments, slots) *
-         (ceil_div<int64_t>(params.length, cluster) + kBlockStart);
-}
-int64_t tiles_cost(const BucketSortParams& params, int multiprocessors) {
-  constexpr int64_t kLaunches = 6000;
-  // A tile that is not full takes as long as one that is.
-  const int64_t items = params.segments * tiles_of(params.length, kTile) * kTile;
-  return kLaunches + std::max<int64_t>(kTile, items / multiprocessors) * 5 / 4;
-}
-
-Plan plan_tiles(const BucketSortParams& params, Method method, int passes, int tile, int64_t bins,
-                int record_bytes) {
-  Plan plan{method, 0, passes, 0, 0, 0, 0, 0, 0, 0};
-  plan.histogram_bytes = round_up<int64_t>((tiles_of(params.length, tile) + 1) * bins * 4, 256);
-  plan.record_bytes = round_up<int64_t>(params.length * record_bytes, 256);
-  plan.record_buffers = std::min(passes - 1, 2);
-  const int64_t per_segment = plan.histogram_bytes + plan.record_buffers * plan.record_bytes;
-  plan.group = std::clamp<int64_t>(kWorkspaceTarget / per_segment, 1, params.segments);
-  return plan;
-}
-
-cudaError_t make_plan(const BucketSortParams& params, Plan* plan) {
+cudaError_t plan_here(const BucketSortParams& params, Plan* plan) {
   DeviceTraits traits{};
   const cudaError_t error = current_device_traits(&traits);
-  if (error != cudaSuccess) return error;
-  const auto fits = [&](int threads, int items) {
-    if (params.n_buckets > kMaxTileBuckets) return false;
-    const TileMemory memory(threads / 32, threads * items * int{sizeof(uint32_t)},
-                            static_cast<int>(params.n_buckets));
-    return memory.bytes() <= traits.shared_memory;
-  };
-
-  const bool tiles_fit = fits(kTileThreads, kTileItems);
-  if (traits.major >= 9 && has_body<cluster_kernel<kMaxClusterItems>>() &&
-      fits(kClusterThreads, kMaxClusterItems)) {
-    int best = 0;
-    int64_t best_cost = tiles_fit ? tiles_cost(params, traits.multiprocessors) : INT64_MAX;
-    for (const int cluster : kClusters) {
-      if (ceil_div<int64_t>(params.length, cluster) > kMaxClusterTile) continue;
-      const int64_t cost = cluster_cost(params, cluster, traits.multiprocessors);
-      if (cost < best_cost) {
-        best = cluster;
-        best_cost = cost;
-      }
-    }
-    if (best != 0 && params.segments * best <= INT32_MAX) {
-      *plan = Plan{Method::cluster, best, 1, 0, 0, 0, params.segments, 0, 0, 0};
-      return cudaSuccess;
-    }
+  if (error == cudaSuccess) {
+    *plan = make_plan(params, traits, has_body<cluster_kernel<kMaxClusterItems>>());
   }
-  if (tiles_fit) {
-    *plan = plan_tiles(params, Method::tiles, 1, kTile, params.n_buckets, 0);
-    return cudaSuccess;
-  }
-  const int bits = bits_of(params.n_buckets), position_bits = bits_of(params.length);
-  const int passes = ceil_div(bits, kMaxDigitBits);
-  // In packed records what the first digit leaves of the bucket shares 32 bits with the position.
-  const int packed_digit_bits = std::max(ceil_div(bits, passes), bits + position_bits - 32);
-  const bool packed = passes > 1 && packed_digit_bits <= kMaxDigitBits &&
-                      bits - packed_digit_bits <= BucketsToPacked::kRestBits;
-  const int digit_bits = packed ? packed_digit_bits : ceil_div(bits, passes);
-  const int64_t bins = int64_t{1} << digit_bits;
-  *plan = packed
-              ? plan_tiles(params, Method::packed, passes, kDigitTile<BucketsToPacked>, bins, 4)
-              : plan_tiles(params, Method::wide, passes, MakeWidePass<true, true>::kTile, bins, 8);
-  plan->bits = bits;
-  plan->digit_bits = digit_bits;
-  plan->position_bits = position_bits;
-  return cudaSuccess;
+  return error;
 }
 
 // ---- The sorts of one group of segments
@@ -520,18 +423,13 @@ cudaError_t wide_sort(const BucketSortParams& params, const Plan& plan, cudaStre
                               : wide_pass<false, true>(params, plan, plan.passes - 1, stream);
 }
 
-bool valid(const BucketSortParams& params) {
-  return params.segments >= 0 && params.length >= 0 && params.length <= INT32_MAX &&
-         params.n_buckets >= 1 && params.n_buckets <= INT32_MAX;
-}
-
 }  // namespace
 }  // namespace sort
 
 int64_t bucket_sort_workspace(const BucketSortParams& params) {
   sort::Plan plan{};
   if (!sort::valid(params) || params.segments == 0 || params.length == 0) return 0;
-  return sort::make_plan(params, &plan) == cudaSuccess ? plan.workspace() : 0;
+  return sort::plan_here(params, &plan) == cudaSuccess ? plan.workspace() : 0;
 }
 
 cudaError_t bucket_sort(const BucketSortParams& params, cudaStream_t stream) {
@@ -539,7 +437,7 @@ cudaError_t bucket_sort(const BucketSortParams& params, cudaStream_t stream) {
   if (!sort::valid(params)) return cudaErrorInvalidValue;
   if (params.segments == 0 || params.length == 0) return cudaSuccess;
   sort::Plan plan{};
-  cudaError_t error = sort::make_plan(params, &plan);
+  cudaError_t error = sort::plan_here(params, &plan);
   if (error != cudaSuccess) return error;
   if (plan.method == Method::cluster) return sort::cluster_sort(params, plan.cluster, stream);
 

@@ -15,29 +15,12 @@
 
 #include <cstdint>
 
+#include "bucket_sort/plan.h"
 #include "common/launch.cuh"
 
 namespace reformer::kernels::sort {
 
 inline constexpr uint32_t kAllLanes = 0xffffffffu;
-inline constexpr int kScratchWords = 64;
-
-// Where the parts of the dynamic shared memory begin, in 32-bit words.
-struct TileMemory {
-  int counts_stride;  // 16-bit counters per warp
-  int totals, starts, shifts, scratch, end;
-
-  __host__ __device__ TileMemory(int warps, int staged_bytes, int bins) {
-    counts_stride = round_up(bins, 8);
-    const int counts = warps * counts_stride / 2, staged = staged_bytes / 4;
-    totals = counts > staged ? counts : staged;  // the staged items overwrite the counters
-    starts = totals + counts_stride;
-    shifts = starts + counts_stride;
-    scratch = shifts + counts_stride;
-    end = scratch + kScratchWords;
-  }
-  __host__ __device__ int bytes() const { return end * 4; }
-};
 
 // An array of 16-bit values, two to a register; indices must be known at compile time.
 template <int kCount>

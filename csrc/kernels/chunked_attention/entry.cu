@@ -10,6 +10,7 @@
 
 #include "chunked_attention.h"
 #include "chunked_attention/stages.h"
+#include "chunked_attention/tuning.h"
 #include "common/dtype.cuh"
 #include "common/launch.cuh"
 #include "tensor_core/mma.cuh"
@@ -18,8 +19,8 @@ namespace reformer::kernels {
 namespace {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr int kThreads = 256;
-constexpr int kFewLanes = 4, kManyLanes = 8;  // per position; the few where one piece each is a row
+using namespace attention_tuning;
+constexpr int kThreads = kStageThreads;
 
 using Words = uint4;  // 16 bytes of a row, as loaded
 
@@ -173,8 +174,6 @@ __global__ void chunk_numbers_kernel(const __grid_constant__ ChunkedAttentionPar
     chunk_numbers[head * rows + l * params.rounds + round] = chunk;
   }
 }
-
-constexpr int kFewRounds = 4, kManyRounds = 8;  // of a batch: the fewer, the more threads have room
 
 // out = sum of the rounds' outputs weighted by exp(their lse - the total lse). Rounds are taken in
 // batches, each loaded before any of it is used, with weights relative to the largest lse so far.
@@ -391,8 +390,6 @@ unsigned blocks_for(int64_t threads) {
   return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
 }
 
-int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 // Launches, with a position of head_count heads to so many lanes, the kernel that
 // choose(element, lanes) gives for the element type and integral_constant<int, lanes>.
 template <class Choose, class... Args>
@@ -411,106 +408,30 @@ cudaError_t launch_positions(const ChunkedAttentionParams& params, int64_t head_
   return dispatch_dtype(params.dtype, by_lanes);
 }
 
-// The instances of the main kernels.
+// The instances of the main kernels, but for local attention's.
 struct MainKernels {
   decltype(&generic_forward) forward;
   decltype(&generic_backward) backward;
-  bool generic;
 };
 
-MainKernels main_kernels(const ChunkedAttentionParams& params) {
-  if (wgmma_supports(params)) return {wgmma_forward, wgmma_backward, false};
-  if (mma_sync_supports(params)) return {mma_sync_forward, mma_sync_backward, false};
-  return {generic_forward, generic_backward, true};
-}
-
-bool is_shared_qk(const ChunkedAttentionParams& params) { return params.k.data == nullptr; }
-
-// The main kernels count slots of the line, and positions, in 32 bits.
-bool is_valid(const ChunkedAttentionParams& params) {
-  return params.batch > 0 && params.heads > 0 && params.length > 0 && params.rounds > 0 &&
-         params.head_dim > 0 && params.head_dim <= 256 && params.head_dim % 8 == 0 &&
-         params.chunk_size > 0 && params.look_back >= 0 && params.look_ahead >= 0 &&
-         params.length <= (int64_t{1} << 30) / params.rounds &&
-         (params.rounds == 1 || params.order != nullptr);
-}
-
-// Hands out the arrays of a workspace one after the other; without one it only counts bytes.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <typename T>
-  T* take(int64_t count, int64_t size = sizeof(T)) {
-    char* const array = base_ == nullptr ? nullptr : base_ + bytes_;
-    bytes_ += (count * size + 255) / 256 * 256;
-    return reinterpret_cast<T*>(array);
+MainKernels main_kernels(AttentionKernel kernel) {
+  switch (kernel) {
+    case AttentionKernel::wgmma:
+      return {wgmma_forward, wgmma_backward};
+    case AttentionKernel::mma_sync:
+      return {mma_sync_forward, mma_sync_backward};
+    default:
+      return {generic_forward, generic_backward};
   }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* base_;
-  int64_t bytes_ = 0;
-};
-
-struct ForwardWorkspace {
-  ForwardStage stage = {};
-  float* key_scale = nullptr;
-  int32_t* chunk_numbers = nullptr;
-  void* pair_bits = nullptr;
-  int64_t bytes;
-
-  ForwardWorkspace(const ChunkedAttentionParams& params, int64_t heads, bool generic, void* base) {
-    Arena arena(base);
-    const int64_t positions = heads * params.length, rows = positions * params.rounds;
-    stage.partial_out = arena.take<void>(rows * params.head_dim, element_size(params.dtype));
-    stage.partial_lse = arena.take<float>(rows);
-    if (is_shared_qk(params) && generic) stage.key_scale = key_scale = arena.take<float>(positions);
-    if (corrects_duplicates(params))
-      stage.chunk_numbers = chunk_numbers = arena.take<int32_t>(rows);
-    if (!generic && needs_pair_bits(params))
-      stage.pair_bits = pair_bits = arena.take<void>(pair_bits_size(params, heads), 1);
-    bytes = arena.bytes();
-  }
-};
-
-struct BackwardWorkspace {
-  BackwardStage stage = {};
-  int32_t* chunk_numbers = nullptr;
-  void* pair_bits = nullptr;
-  int64_t bytes;
-
-  BackwardWorkspace(const ChunkedAttentionBackwardParams& params, int64_t heads, bool generic,
-                    void* base) {
-    Arena arena(base);
-    const int64_t positions = heads * params.length, rows = positions * params.rounds;
-    const auto take_partial = [&] {
-      return arena.take<void>(rows * params.head_dim, element_size(params.dtype));
-    };
-    if (generic) stage.row_stats = arena.take<RowStats>(positions);
-    stage.partial_q = take_partial();
-    if (!is_shared_qk(params) || generic) stage.partial_k = take_partial();
-    stage.partial_v = take_partial();
-    if (corrects_duplicates(params))
-      stage.chunk_numbers = chunk_numbers = arena.take<int32_t>(rows);
-    if (!generic && needs_pair_bits(params))
-      stage.pair_bits = pair_bits = arena.take<void>(pair_bits_size(params, heads), 1);
-    bytes = arena.bytes();
-  }
-};
-
-int64_t heads_per_group(const ChunkedAttentionParams& params, int64_t bytes_per_head) {
-  constexpr int64_t kLargestGrid = 65535;  // heads are blockIdx.y
-  return std::min({std::max<int64_t>(params.workspace_cap / bytes_per_head, 1),
-                   params.batch * params.heads, kLargestGrid});
 }
 
-int64_t forward_group(const ChunkedAttentionParams& params, bool generic) {
-  return heads_per_group(params, ForwardWorkspace(params, 1, generic, nullptr).bytes);
-}
-
-int64_t backward_group(const ChunkedAttentionBackwardParams& params, bool generic) {
-  return heads_per_group(params, BackwardWorkspace(params, 1, generic, nullptr).bytes);
+template <typename Params>
+cudaError_t plan_here(const Params& params, AttentionPlan* plan) {
+  DeviceTraits traits{};
+  bool has_wgmma = false;
+  const cudaError_t error = attention_device(&traits, &has_wgmma);
+  if (error == cudaSuccess) *plan = plan_chunked_attention(params, traits, has_wgmma);
+  return error;
 }
 
 cudaError_t number_chunks(const ChunkedAttentionParams& params, int64_t head_begin,
@@ -520,9 +441,9 @@ cudaError_t number_chunks(const ChunkedAttentionParams& params, int64_t head_beg
                            chunk_numbers);
 }
 
-cudaError_t forward_heads(const ChunkedAttentionParams& params, const MainKernels& kernels,
+cudaError_t forward_heads(const ChunkedAttentionParams& params, AttentionKernel kernel,
                           int64_t head_begin, int64_t head_count, cudaStream_t stream) {
-  ForwardWorkspace workspace(params, head_count, kernels.generic, params.workspace);
+  ForwardWorkspace workspace(params, head_count, kernel, params.workspace);
   ForwardStage& stage = workspace.stage;
   stage.head_begin = head_begin;
   stage.head_count = head_count;
@@ -545,7 +466,7 @@ cudaError_t forward_heads(const ChunkedAttentionParams& params, const MainKernel
                              workspace.key_scale);
     if (error != cudaSuccess) return error;
   }
-  error = kernels.forward(params, stage, stream);
+  error = main_kernels(kernel).forward(params, stage, stream);
   if (error != cudaSuccess) return error;
   const auto combine = [&](auto element, auto lanes) {
     using T = decltype(element);
@@ -555,9 +476,9 @@ cudaError_t forward_heads(const ChunkedAttentionParams& params, const MainKernel
   return launch_positions(params, head_count, stream, combine, params, stage);
 }
 
-cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, const MainKernels& kernels,
+cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, AttentionKernel kernel,
                            int64_t head_begin, int64_t head_count, cudaStream_t stream) {
-  BackwardWorkspace workspace(params, head_count, kernels.generic, params.workspace);
+  BackwardWorkspace workspace(params, head_count, kernel, params.workspace);
   BackwardStage& stage = workspace.stage;
   stage.head_begin = head_begin;
   stage.head_count = head_count;
@@ -578,7 +499,7 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, const M
   error =
       launch_positions(params, head_count, stream, row_stats, params, head_begin, stage.row_stats);
   if (error != cudaSuccess) return error;
-  error = kernels.backward(params, stage, stream);
+  error = main_kernels(kernel).backward(params, stage, stream);
   if (error != cudaSuccess) return error;
   const bool project = is_shared_qk(params) && stage.partial_k != nullptr;
   const auto reduce = [&](auto element, auto lanes) {
@@ -591,44 +512,40 @@ cudaError_t backward_heads(const ChunkedAttentionBackwardParams& params, const M
 }  // namespace
 
 int64_t chunked_attention_forward_workspace(const ChunkedAttentionParams& params) {
-  if (!is_valid(params) || local_supports(params)) return 0;
-  const bool generic = main_kernels(params).generic;
-  return ForwardWorkspace(params, forward_group(params, generic), generic, nullptr).bytes;
+  AttentionPlan plan{};
+  return plan_here(params, &plan) == cudaSuccess ? plan.workspace : 0;
 }
 
 int64_t chunked_attention_backward_workspace(const ChunkedAttentionBackwardParams& params) {
-  if (!is_valid(params)) return 0;
-  if (local_supports(params)) return local_backward_workspace(params);
-  const bool generic = main_kernels(params).generic;
-  return BackwardWorkspace(params, backward_group(params, generic), generic, nullptr).bytes;
+  AttentionPlan plan{};
+  return plan_here(params, &plan) == cudaSuccess ? plan.workspace : 0;
 }
 
 cudaError_t chunked_attention_forward(const ChunkedAttentionParams& params, cudaStream_t stream) {
-  if (!is_valid(params)) return cudaErrorInvalidValue;
-  if (local_supports(params)) return local_forward(params, stream);
-  const MainKernels kernels = main_kernels(params);
-  const int64_t heads = params.batch * params.heads, group = forward_group(params, kernels.generic);
-  for (int64_t head = 0; head < heads; head += group) {
-    const cudaError_t error =
-        forward_heads(params, kernels, head, std::min(group, heads - head), stream);
-    if (error != cudaSuccess) return error;
+  if (!attention_is_valid(params)) return cudaErrorInvalidValue;
+  AttentionPlan plan{};
+  cudaError_t error = plan_here(params, &plan);
+  if (error != cudaSuccess) return error;
+  if (plan.kernel == AttentionKernel::local) return local_forward(params, stream);
+  const int64_t heads = params.batch * params.heads, group = plan.head_group;
+  for (int64_t head = 0; head < heads && error == cudaSuccess; head += group) {
+    error = forward_heads(params, plan.kernel, head, std::min(group, heads - head), stream);
   }
-  return cudaSuccess;
+  return error;
 }
 
 cudaError_t chunked_attention_backward(const ChunkedAttentionBackwardParams& params,
                                        cudaStream_t stream) {
-  if (!is_valid(params)) return cudaErrorInvalidValue;
-  if (local_supports(params)) return local_backward(params, stream);
-  const MainKernels kernels = main_kernels(params);
-  const int64_t heads = params.batch * params.heads,
-                group = backward_group(params, kernels.generic);
-  for (int64_t head = 0; head < heads; head += group) {
-    const cudaError_t error =
-        backward_heads(params, kernels, head, std::min(group, heads - head), stream);
-    if (error != cudaSuccess) return error;
+  if (!attention_is_valid(params)) return cudaErrorInvalidValue;
+  AttentionPlan plan{};
+  cudaError_t error = plan_here(params, &plan);
+  if (error != cudaSuccess) return error;
+  if (plan.kernel == AttentionKernel::local) return local_backward(params, stream);
+  const int64_t heads = params.batch * params.heads, group = plan.head_group;
+  for (int64_t head = 0; head < heads && error == cudaSuccess; head += group) {
+    error = backward_heads(params, plan.kernel, head, std::min(group, heads - head), stream);
   }
-  return cudaSuccess;
+  return error;
 }
 
 }  // namespace reformer::kernels

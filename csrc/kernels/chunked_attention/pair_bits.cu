@@ -262,11 +262,6 @@ __global__ void __launch_bounds__(kPairThreads)
 
 }  // namespace
 
-int64_t pair_bits_size(const ChunkedAttentionParams& params, int64_t head_count) {
-  const int64_t word = params.dropout_p > 0 ? sizeof(PairBits) : sizeof(uint32_t);
-  return head_count * make_line(params).chunks() * 2 * kPairThreads * word;
-}
-
 cudaError_t make_pair_bits(const ChunkedAttentionParams& params, int64_t head_begin,
                            int64_t head_count, const int32_t* chunk_numbers, bool keys_in_rows,
                            void* pair_bits, cudaStream_t stream) {

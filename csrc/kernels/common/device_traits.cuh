@@ -9,13 +9,9 @@
 #include <cstring>
 #include <vector>
 
-namespace reformer::kernels {
+#include "device.h"
 
-struct DeviceTraits {
-  int major, minor;  // compute capability
-  int multiprocessors;
-  int shared_memory;  // bytes a block may ask for
-};
+namespace reformer::kernels {
 
 // Whether the environment says NAME=1.
 inline bool environment_asks_for(const char* name) {
@@ -83,16 +79,6 @@ bool has_body() {
   const bool found = attributes.maxThreadsPerBlock > kWarp;
   if (device < kDevices) states[device] = found ? present : absent;
   return found;
-}
-
-template <typename Integer>
-__host__ __device__ constexpr Integer ceil_div(Integer a, Integer b) {
-  return (a + b - 1) / b;
-}
-
-template <typename Integer>
-__host__ __device__ constexpr Integer round_up(Integer a, Integer multiple) {
-  return ceil_div(a, multiple) * multiple;
 }
 
 }  // namespace reformer::kernels

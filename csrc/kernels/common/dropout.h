@@ -5,11 +5,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define REFORMER_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define REFORMER_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace reformer {
 

@@ -8,12 +8,14 @@
 #include "common/dtype.cuh"
 #include "common/launch.cuh"
 #include "lsh_hash/columns.h"
+#include "lsh_hash/instances.h"
+#include "lsh_hash/plan.h"
 #include "tensor_core/mma.cuh"
 
 namespace reformer::kernels {
 namespace {
 
-constexpr int kMaxThreads = 256;
+constexpr int kMaxThreads = hash_tuning::kDirectThreads;
 constexpr int kDepthsAhead = 8;  // rows of the rotations that a thread loads at once
 constexpr unsigned kAllLanes = 0xffffffffU;
 static_assert(kMaxThreads / 32 >= kMaxHashFactors, "a warp for every factor");
@@ -153,14 +155,7 @@ cudaError_t launch(const LshHashParams& params, cudaStream_t stream) {
 
 }  // namespace
 
-bool lsh_hash_direct_supports(const LshHashParams& params) {
-  // What every device gives unasked, less the digits. Whatever the split, a thread has at most 8
-  // sums, or there are as many as columns.
-  constexpr int64_t kSharedFloats = 47 * 1024 / sizeof(float);
-  const int64_t sums = std::max(HashColumns(params, 1).columns, 8 * kMaxThreads);
-  return params.batch * params.heads * params.length * params.rounds <= INT32_MAX &&
-         params.head_dim + sums <= kSharedFloats;
-}
+bool lsh_hash_direct_supports(const LshHashParams& params) { return hash_direct_supports(params); }
 
 cudaError_t lsh_hash_direct(const LshHashParams& params, cudaStream_t stream) {
   return dispatch_dtype(params.rotations_dtype,

@@ -10,6 +10,8 @@
 #include "common/dtype.cuh"
 #include "lsh_hash.h"
 #include "lsh_hash/columns.h"
+#include "lsh_hash/instances.h"
+#include "lsh_hash/plan.h"
 
 namespace reformer::kernels {
 namespace {
@@ -254,43 +256,37 @@ cudaError_t launch(const LshHashParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-bool valid(const LshHashParams& params) {
-  if (params.batch < 0 || params.heads < 0 || params.length < 0 || params.rounds < 0 ||
-      params.head_dim < 1 || params.n_factors < 1 || params.n_factors > kMaxHashFactors) {
-    return false;
-  }
-  int64_t buckets = 1;
-  for (int f = 0; f < params.n_factors; ++f) {
-    if (params.factors[f] < 2 || params.factors[f] % 2 != 0) return false;
-    buckets *= params.factors[f];
-    if (buckets >= INT32_MAX) return false;  // the padding bucket follows
-  }
-  return params.rotation_heads == 1 || params.rotation_heads == params.heads;
-}
-
-// Each token reads the rotations again: with few of them from L2, at less than it costs the tensor
-// cores' instances to pack them, three passes over them and a launch more.
-bool has_few_tokens(const LshHashParams& params) {
-  constexpr int64_t kFewTokens = 8;  // of a head
-  return params.batch * params.length <= kFewTokens && lsh_hash_direct_supports(params);
+cudaError_t plan_lsh_hash_here(const LshHashParams& params, HashPlan* plan) {
+  DeviceTraits traits{};
+  const cudaError_t error = current_device_traits(&traits);
+  if (error == cudaSuccess) *plan = plan_lsh_hash(params, traits, lsh_hash_has_wgmma());
+  return error;
 }
 
 }  // namespace
 
 int64_t lsh_hash_workspace(const LshHashParams& params) {
-  if (!valid(params) || has_few_tokens(params)) return 0;
-  if (lsh_hash_wgmma_supports(params)) return lsh_hash_wgmma_workspace(params);
-  if (lsh_hash_mma_sync_supports(params)) return lsh_hash_mma_sync_workspace(params);
-  return 0;
+  HashPlan plan{};
+  return plan_lsh_hash_here(params, &plan) == cudaSuccess ? plan.workspace : 0;
 }
 
 cudaError_t lsh_hash(const LshHashParams& params, cudaStream_t stream) {
-  if (!valid(params)) return cudaErrorInvalidValue;
+  if (!hash_is_valid(params)) return cudaErrorInvalidValue;
   if (params.batch * params.heads * params.length * params.rounds == 0) return cudaSuccess;
-  if (has_few_tokens(params)) return lsh_hash_direct(params, stream);
-  if (lsh_hash_wgmma_supports(params)) return lsh_hash_wgmma(params, stream);
-  if (lsh_hash_mma_sync_supports(params)) return lsh_hash_mma_sync(params, stream);
-  return lsh_hash_simt(params, stream);
+  HashPlan plan{};
+  const cudaError_t error = plan_lsh_hash_here(params, &plan);
+  if (error != cudaSuccess) return error;
+  switch (plan.kernel) {
+    case HashKernel::direct:
+      return lsh_hash_direct(params, stream);
+    case HashKernel::wgmma:
+      return lsh_hash_wgmma(params, stream);
+    case HashKernel::mma_sync:
+      return lsh_hash_mma_sync(params, stream);
+    case HashKernel::simt:
+      return lsh_hash_simt(params, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t lsh_hash_simt(const LshHashParams& params, cudaStream_t stream) {

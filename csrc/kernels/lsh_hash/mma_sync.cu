@@ -12,7 +12,9 @@
 #include <type_traits>
 
 #include "common/launch.cuh"
+#include "lsh_hash/instances.h"
 #include "lsh_hash/packed.h"
+#include "lsh_hash/plan.h"
 #include "lsh_hash/search.cuh"
 #include "tensor_core/mma.cuh"
 
@@ -24,14 +26,14 @@ using namespace packed_hash;
 
 constexpr int kTileBytes = kTileColumns * kRowBytes;
 constexpr int kBlockWarps = 4;  // at least
-constexpr int kChunk = 4;       // tiles of columns of an unrolled turn; even: products alternate
+constexpr int kChunk = hash_tuning::kMmaSyncChunk;
 
 // Row tiles of a warp, and the warps of a multiprocessor that their registers allow; kSteps: D /
 // 16, rounded up to 2, 4, 8 or 16.
 template <int kSteps>
 struct Shape {
-  static constexpr int kRowTiles = kSteps <= 8 ? 2 : 1;
-  static constexpr int kWarps = kSteps <= 4 ? 16 : 12;
+  static constexpr int kRowTiles = hash_tuning::mma_sync_row_tiles(kSteps);
+  static constexpr int kWarps = hash_tuning::mma_sync_warps(kSteps);
 };
 
 __device__ __forceinline__ void load_rotations(char* shared, const char* packed, int64_t bytes) {
@@ -168,19 +170,6 @@ int64_t tiles_of_sequence(const LshHashParams& params, int row_tiles) {
   return ceil_div<int64_t>(params.length, 16 * row_tiles);
 }
 
-// With few tokens, more warps share the rounds.
-Packing packing_for(const LshHashParams& params, const HashColumns& columns,
-                    const DeviceTraits& traits) {
-  return with_steps(params, [&](auto steps) {
-    constexpr int kSteps = decltype(steps)::value;
-    const int64_t tiles =
-        params.batch * params.heads * tiles_of_sequence(params, Shape<kSteps>::kRowTiles);
-    const int64_t warps = int64_t{traits.multiprocessors} * Shape<kSteps>::kWarps;
-    return make_packing(params, columns, kChunk, traits.shared_memory,
-                        warps / std::max<int64_t>(tiles, 1));
-  });
-}
-
 // Blocks are as small as copies of the rotations fit into a multiprocessor's shared memory: that
 // makes them independent, and evens out their load.
 int blocks_per_multiprocessor(const DeviceTraits& traits, int64_t bytes, int warps) {
@@ -228,19 +217,14 @@ cudaError_t choose(const LshHashParams& params, const HashColumns& columns, cons
 }  // namespace hash_mma_sync
 
 bool lsh_hash_mma_sync_supports(const LshHashParams& params) {
-  if (!packed_hash::suits(params)) return false;
   DeviceTraits traits{};
-  if (current_device_traits(&traits) != cudaSuccess || traits.major < 8) return false;
-  const HashColumns columns = packed_hash::lane_columns(params);
-  const auto packing = hash_mma_sync::packing_for(params, columns, traits);
-  return packing.rounds > 0 && packing.groups <= 65535;
+  return current_device_traits(&traits) == cudaSuccess && hash_mma_sync_supports(params, traits);
 }
 
 int64_t lsh_hash_mma_sync_workspace(const LshHashParams& params) {
   DeviceTraits traits{};
   if (current_device_traits(&traits) != cudaSuccess) return 0;
-  const HashColumns columns = packed_hash::lane_columns(params);
-  return packed_hash::packed_bytes(params, hash_mma_sync::packing_for(params, columns, traits));
+  return packed_hash::packed_bytes(params, mma_sync_packing(params, traits));
 }
 
 cudaError_t lsh_hash_mma_sync(const LshHashParams& params, cudaStream_t stream) {
@@ -248,7 +232,7 @@ cudaError_t lsh_hash_mma_sync(const LshHashParams& params, cudaStream_t stream) 
   const cudaError_t error = current_device_traits(&traits);
   if (error != cudaSuccess) return error;
   const HashColumns columns = packed_hash::lane_columns(params);
-  const auto packing = hash_mma_sync::packing_for(params, columns, traits);
+  const auto packing = mma_sync_packing(params, traits);
   if (params.x_dtype == DType::f16) {
     return hash_mma_sync::choose<__half>(params, columns, packing, traits, stream);
   }

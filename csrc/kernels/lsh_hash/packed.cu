@@ -65,40 +65,6 @@ __global__ void pack_kernel(const __grid_constant__ LshHashParams params,
 
 }  // namespace
 
-bool suits(const LshHashParams& params) {
-  constexpr int64_t kMaxHeadDim = 256;
-  constexpr int64_t kMinTokens = 16;   // of a tile
-  constexpr int64_t kMaxTokens = 512;  // of a block's tiles and those it loads ahead
-  const auto aligned = [](int64_t stride) { return stride % 8 == 0; };
-  if (params.x_dtype == DType::f32 || params.x_dtype != params.rotations_dtype ||
-      params.head_dim > kMaxHeadDim || params.head_dim % 8 != 0 ||
-      reinterpret_cast<uintptr_t>(params.x) % 16 != 0 || !aligned(params.x_stride_b) ||
-      !aligned(params.x_stride_h) || !aligned(params.x_stride_l)) {
-    return false;
-  }
-  const int64_t tiles = params.batch * params.heads * ceil_div<int64_t>(params.length, kMinTokens);
-  return tiles <= INT32_MAX && params.length <= INT32_MAX - kMaxTokens;
-}
-
-Packing make_packing(const LshHashParams& params, const HashColumns& columns, int chunk_tiles,
-                     int64_t shared_memory, int64_t min_groups) {
-  const int chunk_columns = kTileColumns * chunk_tiles;
-  Packing packing{};
-  packing.halves = params.head_dim <= 64 ? 1 : params.head_dim <= 128 ? 2 : 4;
-  const int64_t fitting_columns =
-      shared_memory / (packing.halves * kRowBytes) / chunk_columns * chunk_columns;
-  const int64_t lap_columns = int64_t{columns.tiles_per_round} * kTileColumns;
-  const int64_t laps = ceil_div<int64_t>(params.rounds, kLaneRounds);  // kLaneRounds rounds each
-  const int64_t fitting_laps = std::min(fitting_columns / lap_columns, laps);
-  if (fitting_laps == 0) return packing;
-  const int64_t groups = std::max(ceil_div(laps, fitting_laps), std::min(min_groups, laps));
-  const int64_t group_laps = ceil_div(laps, groups);
-  packing.rounds = static_cast<int>(group_laps * kLaneRounds);
-  packing.groups = static_cast<int>(ceil_div(laps, group_laps));
-  packing.columns = static_cast<int>(round_up<int64_t>(group_laps * lap_columns, chunk_columns));
-  return packing;
-}
-
 cudaError_t pack_rotations(const LshHashParams& params, const HashColumns& columns,
                            const Packing& packing, cudaStream_t stream) {
   constexpr int kThreads = 256;

@@ -16,7 +16,9 @@
 #include <type_traits>
 
 #include "common/launch.cuh"
+#include "lsh_hash/instances.h"
 #include "lsh_hash/packed.h"
+#include "lsh_hash/plan.h"
 #include "lsh_hash/search.cuh"
 #include "tensor_core/wgmma.cuh"
 
@@ -26,9 +28,9 @@ namespace {
 
 using namespace packed_hash;
 
-constexpr int kTokens = 64;       // of a warpgroup's tile
-constexpr int kChunk = 8;         // tiles of columns multiplied at once
-constexpr int kAlignment = 1024;  // of swizzled tiles
+constexpr int kTokens = 64;  // of a warpgroup's tile
+constexpr int kChunk = hash_tuning::kWgmmaChunk;
+constexpr int kAlignment = hash_tuning::kWgmmaAlignment;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define REFORMER_HASH_SM90A 1
@@ -157,11 +159,6 @@ __global__ __launch_bounds__(launch_bound(kSteps),
 
 // ---- Host
 
-Packing packing_for(const LshHashParams& params, const HashColumns& columns,
-                    const DeviceTraits& traits) {
-  return make_packing(params, columns, kChunk, traits.shared_memory - kAlignment);
-}
-
 template <typename T, int kSteps, int kUnit>
 cudaError_t launch(const LshHashParams& params, const HashColumns& columns, const Packing& packing,
                    const DeviceTraits& traits, cudaStream_t stream) {
@@ -199,24 +196,18 @@ cudaError_t choose(const LshHashParams& params, const HashColumns& columns, cons
 }  // namespace
 }  // namespace hash_wgmma
 
+bool lsh_hash_has_wgmma() { return has_body<hash_wgmma::hash_kernel<__nv_bfloat16, 4, 4>>(); }
+
 bool lsh_hash_wgmma_supports(const LshHashParams& params) {
-  if (!packed_hash::suits(params)) return false;
   DeviceTraits traits{};
-  if (current_device_traits(&traits) != cudaSuccess || traits.major != 9 || traits.minor != 0) {
-    return false;
-  }
-  const HashColumns columns = packed_hash::lane_columns(params);
-  const auto packing = hash_wgmma::packing_for(params, columns, traits);
-  return packing.rounds > 0 && packing.groups <= 65535 &&
-         has_body<hash_wgmma::hash_kernel<__nv_bfloat16, 4, 4>>();
+  return current_device_traits(&traits) == cudaSuccess &&
+         hash_wgmma_supports(params, traits, lsh_hash_has_wgmma());
 }
 
 int64_t lsh_hash_wgmma_workspace(const LshHashParams& params) {
   DeviceTraits traits{};
   if (current_device_traits(&traits) != cudaSuccess) return 0;
-  const HashColumns columns = packed_hash::lane_columns(params);
-  const auto packing = hash_wgmma::packing_for(params, columns, traits);
-  return packed_hash::packed_bytes(params, packing);
+  return packed_hash::packed_bytes(params, wgmma_packing(params, traits));
 }
 
 cudaError_t lsh_hash_wgmma(const LshHashParams& params, cudaStream_t stream) {
@@ -224,7 +215,7 @@ cudaError_t lsh_hash_wgmma(const LshHashParams& params, cudaStream_t stream) {
   const cudaError_t error = current_device_traits(&traits);
   if (error != cudaSuccess) return error;
   const HashColumns columns = packed_hash::lane_columns(params);
-  const auto packing = hash_wgmma::packing_for(params, columns, traits);
+  const auto packing = wgmma_packing(params, traits);
   if (params.x_dtype == DType::f16) {
     return hash_wgmma::choose<__half>(params, columns, packing, traits, stream);
   }

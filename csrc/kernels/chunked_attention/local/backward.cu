@@ -473,12 +473,6 @@ cudaError_t launch_backward(const ChunkedAttentionBackwardParams& params, cudaSt
 }  // namespace
 }  // namespace tiled::local
 
-int64_t local_backward_workspace(const ChunkedAttentionParams& params) {
-  const int64_t positions =
-      params.batch * params.heads * round_up<int64_t>(params.length, tiled::kTileRows);
-  return 2 * positions * static_cast<int64_t>(sizeof(float));
-}
-
 cudaError_t local_backward(const ChunkedAttentionBackwardParams& params, cudaStream_t stream) {
   return tiled::dispatch<32, 64, 128>(params, [&](auto element, auto head_dim, auto) {
     return tiled::local::launch_backward<decltype(element), head_dim()>(params, stream);

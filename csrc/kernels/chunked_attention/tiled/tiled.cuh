@@ -185,8 +185,6 @@ cudaError_t launch_pass(void (*kernel)(Args), Args args, int64_t head_count, int
   return launch_overlapped(kernel, {grid, threads, shared_bytes}, stream, args);
 }
 
-inline constexpr int64_t kLargestRowStride = int64_t{1} << 28;  // row_bytes is an int
-
 // A [B, H, L, D] view in bytes.
 struct Rows {
   const uint8_t* data;
