@@ -238,6 +238,24 @@ def test_same_bits_twice(name: str, device: str, dtype: torch.dtype) -> None:
     assert torch.equal(out, first["out"]) and torch.equal(lse, first["lse"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_same_bits_by_any_number_of_threads(dtype: torch.dtype) -> None:
+    """Blocks of one head that write the same rows, as neighbours or from another round, do so in
+    turn."""
+    case = AttentionCase("blocks", heads=1, length=2600, rounds=3, chunk_size=64, n_buckets=40)
+    inputs, indices = case.vectors("cpu", dtype), case.indices("cpu")
+    cotangents = attention_cotangents(case, "cpu", dtype)
+    expected = differentiate(attend(reformer_ext, case, indices), inputs, cotangents)
+    for threads in (2, 3, 5, 2, 3, 5):
+        torch.set_num_threads(threads)
+        try:
+            got = differentiate(attend(reformer_ext, case, indices), inputs, cotangents)
+        finally:
+            torch.set_num_threads(1)
+        for name, value in expected.items():
+            assert torch.equal(value, got[name]), f"{name}, {threads} threads"
+
+
 # chunked_attention: particular rules --------------------------------------------------------------
 
 
