@@ -112,8 +112,8 @@ FAULTS = [
     Fault(
         "backward-scale-1%",
         "attention",
-        "weight * (grad - delta) * factor",
-        "weight * (grad - delta) * (factor * T(1.01))",
+        "weight * (grad - delta) * (factor * keys.shrink)",
+        "weight * (grad - delta) * (factor * keys.shrink * T(1.01))",
     ),
     Fault("length-of-keys-lost", "attention", "grad[d] -= along * key[d]", "grad[d]"),
     Fault(
