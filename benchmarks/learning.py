@@ -115,6 +115,12 @@ CHANGES = {
         for n in (32, 64, 128, 256)
     },
     **{
+        f"scale-{n}": Change(
+            f"logits with shared QK times {n}", config={"shared_qk_scale": float(n)}
+        )
+        for n in (2, 3, 4)
+    },
+    **{
         f"base-{base}": Change(f"rotary base {base}", config={"rotary_base": float(base)})
         for base in ("1e5", "1e6", "1e7")
     },
@@ -169,6 +175,12 @@ def build(arm: str, config: ReformerConfig) -> ReformerLM:
             places = each.places
     if base.far == "local" and far:
         raise ValueError(f"arm {arm}: expected changes to local layers, got {far}")
+    # The library's own options where they are; what stands in for exact layers has its own.
+    own = base.far == "lsh"
+    fields["next_values"] = own and far.pop("next_values", False)
+    fields["shared_qk_rotary"] = not (own and far.get("rotary") == "none")
+    if not fields["shared_qk_rotary"]:
+        far.pop("rotary")
     layers = tuple(base.far if places(i, depth) else "local" for i in range(depth))
     model = ReformerLM(replace(config, layers=layers, **fields))
     by_kind = {base.far: Changes(**far), "local": Changes(**local)}

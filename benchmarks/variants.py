@@ -29,7 +29,6 @@ from reformer_ext.nn import (
 )
 
 Rotary = tuple[Tensor, Tensor] | None
-OWN_VALUE = -5e4  # a log-sum-exp below: the query met no key but itself
 # cuDNN's is the fastest on Hopper; the others take what it refuses, the CPU among it.
 EXACT_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -46,8 +45,9 @@ class Changes:
     Attributes:
         rotary: "as configured", "none", or "fast half": of the frequencies, the slow half does not
             turn.
-        next_values: shared QK attends with ``a v_j + b v_{j+1}``, a and b learnt per head, 0.5 at
-            the start; a query that meets only itself gets its own ``v_i``.
+        next_values: of exact attention with shared QK (LSH layers have it themselves): ``a v_j + b
+            v_{j+1}``, a and b learnt per head, 0.5 at the start; a query that meets only itself
+            gets its own ``v_i``.
         kv_shift: of separate keys and values, those of the position before are mixed in (KV
             shifting attention, arXiv 2411.19574, eq. 5): ``a1 k_j + a2 k_{j-1}`` before rotary
             positions and ``b1 v_j + b2 v_{j-1}``, learnt per head; a1 and b1 start uniform in
@@ -141,7 +141,7 @@ class _Changed(nn.Module):
 
     def turning(self, rotary: Rotary) -> Rotary:
         """The factors that remain."""
-        if rotary is None or self.changes.rotary == "none":
+        if rotary is None or not self.rotary or self.changes.rotary == "none":
             return None
         if self.changes.rotary == "as configured":
             return rotary
@@ -166,7 +166,6 @@ class _Changed(nn.Module):
 class ChangedLSH(_Changed, LSHSelfAttention):
     ALLOWED = (
         "rotary",
-        "next_values",
         "convolution",
         "centred",
         "orthogonal",
@@ -177,10 +176,6 @@ class ChangedLSH(_Changed, LSHSelfAttention):
 
     def __init__(self, layer: LSHSelfAttention, changes: Changes) -> None:
         super().__init__(layer, changes)
-        if changes.next_values:
-            if not self.causal:
-                raise ValueError("ChangedLSH: expected a causal layer with next_values")
-            self.value_mix = self.per_head(0.5, 0.5)
         if changes.convolution == "keys":
             self.taps = self.per_head(1.0, 0.5, 0.25, shape=(1, self.head_dim))
         if changes.learnt_scale:
@@ -223,7 +218,8 @@ class ChangedLSH(_Changed, LSHSelfAttention):
             buckets = self.hashed(hashed.detach(), n_buckets, n_hashes, hash_step)
         out = ops.lsh_attention(
             qk,
-            ops.next_values(v, self.value_mix) if changes.next_values else v,
+            v,
+            value_mix=self.value_mix,
             n_buckets=n_buckets,
             buckets=buckets.to(torch.int32),
             chunk_size=self.chunk_size,
@@ -233,11 +229,7 @@ class ChangedLSH(_Changed, LSHSelfAttention):
             scale=self.scale,
             same_bucket=self.same_bucket,
             correct_duplicates=self.correct_duplicates,
-            return_lse=changes.next_values,
         )
-        if changes.next_values:
-            out, lse = out
-            out = torch.where(lse[..., None] < OWN_VALUE, v, out)
         y = self.joined(out)
         return (y, buckets) if return_buckets else y
 

@@ -140,7 +140,8 @@ def test_a_layer_without_rotary_positions(kind: str) -> None:
     layer = Layer(kind, {"rotary": False})
     without = language_model(layers=(layer,), initializer_range=0.3).eval()
     plain = language_model(layers=(kind,), positions="none", initializer_range=0.3).eval()
-    with_them = language_model(layers=(kind,), initializer_range=0.3).eval()
+    turned = Layer(kind, {"rotary": True})
+    with_them = language_model(layers=(turned,), initializer_range=0.3).eval()
     tokens = torch.randint(TOKENS, (2, 30))
     with torch.no_grad():
         assert torch.equal(without(tokens), plain(tokens))

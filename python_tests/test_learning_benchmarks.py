@@ -33,7 +33,7 @@ from reformer_ext.nn import ReformerConfig, ReformerLM
 
 SMALL = ReformerConfig(
     vocab_size=20, dim=16, heads=2, layers=("local", "lsh"), n_hashes=2, chunk_size=8,
-    local_chunk_size=8, initializer_range=0.2,
+    local_chunk_size=8, initializer_range=0.2, next_values=False,
 )  # fmt: skip
 TOKENS = torch.arange(90).view(2, 45) * 7919 % 20
 
@@ -58,6 +58,7 @@ def double(config: ReformerConfig = SMALL, **by_kind: Changes) -> ReformerLM:
         {"layers": ("full", "local"), "full_shared_qk": True},
         {"positions": "none"},
         {"ff_chunk_size": 16},
+        {"next_values": True, "shared_qk_rotary": False},
     ],
     ids=str,
 )
@@ -77,7 +78,6 @@ def test_no_change_is_the_librarys_layer(fields: dict[str, Any]) -> None:
 EVERY_CHANGE = [
     ("lsh", {"rotary": "none"}),
     ("lsh", {"rotary": "fast half"}),
-    ("lsh", {"next_values": True}),
     ("lsh", {"convolution": "hashed"}),
     ("lsh", {"convolution": "keys"}),
     ("lsh", {"centred": True}),
@@ -145,8 +145,8 @@ def test_next_values_are_what_they_say() -> None:
             )
     torch.testing.assert_close(layer(x)[0], layer.out_proj(expected.flatten(1)))
 
-    one = replace(SMALL, layers=("lsh",), chunk_size=64, n_hashes=1)
-    lsh = double(one, lsh=changes).reformer.layers.blocks[0].f.attention
+    options = {"chunk_size": 64, "n_hashes": 1, "next_values": True, "shared_qk_rotary": False}
+    lsh = double(replace(SMALL, layers=("lsh",), **options)).reformer.layers.blocks[0].f.attention
     lsh.load_state_dict(layer.state_dict())
     torch.testing.assert_close(lsh(x), layer(x))
 
@@ -225,11 +225,13 @@ def test_arms_are_built() -> None:
     deep = replace(SMALL, layers=("local",) * 6)
     built = learning.build("lsh+next+no-rotary+every-3+rounds-4", deep)
     kinds = [type(block.f.attention).__name__ for block in built.reformer.layers.blocks]
-    assert kinds == ["LocalSelfAttention"] * 2 + ["ChangedLSH"] + ["LocalSelfAttention"] * 2 + [
-        "ChangedLSH"
-    ]
-    changed = built.reformer.layers.blocks[2].f.attention
-    assert changed.n_hashes == 4 and changed.changes == Changes(next_values=True, rotary="none")
+    assert kinds == (["LocalSelfAttention"] * 2 + ["LSHSelfAttention"]) * 2
+    far = built.reformer.layers.blocks[2].f.attention
+    assert far.n_hashes == 4 and far.value_mix is not None and not far.rotary
+    half = learning.build("lsh+next+half-rotary", deep).reformer.layers.blocks[1].f.attention
+    assert half.changes == Changes(rotary="fast half") and half.value_mix is not None
+    plain = learning.build("lsh", deep).reformer.layers.blocks[1].f.attention
+    assert plain.value_mix is None and plain.rotary
     # Every base, every change to a base that has it, and every list.
     for arm in (arm for arms in learning.LISTS.values() for arm in arms):
         learning.build(arm, deep)

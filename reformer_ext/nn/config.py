@@ -116,6 +116,10 @@ class ReformerConfig:
             unit-length key. 1.0 as in trax and transformers, since unit-length keys already lack
             the factor sqrt(D) that ``D ** -0.5`` makes up for; None: ``D ** -0.5``, the paper's
             formula.
+        next_values: LSH layers, and full ones with shared queries and keys, attend to values that
+            say what comes next (:func:`reformer_ext.next_values`); None: if causal.
+        shared_qk_rotary: those layers turn by the rotary positions; None: without next values
+            alone. A match far away is found by its content, and turned away by its position.
         full_shared_qk: full layers share queries and keys, so that they are the exact limit of LSH
             layers.
         attention_out_bias: of the output projections of attention layers.
@@ -175,6 +179,8 @@ class ReformerConfig:
     same_bucket: bool = False
     correct_duplicates: bool = False
     shared_qk_scale: float | None = 1.0
+    next_values: bool | None = None
+    shared_qk_rotary: bool | None = None
     full_shared_qk: bool = False
     attention_out_bias: bool = False
     attention_dropout: float = 0.0
@@ -267,6 +273,9 @@ class ReformerConfig:
             "head_bias",
         ):
             check(name, isinstance(getattr(self, name), bool), "True or False")
+        for name in ("next_values", "shared_qk_rotary"):
+            value = getattr(self, name)
+            check(name, value is None or isinstance(value, bool), "None, True or False")
         scale = self.shared_qk_scale
         check("shared_qk_scale", is_scale(scale), "None or a number")
         check(
@@ -349,6 +358,18 @@ class ReformerConfig:
         if self.repeat_order == "layer":
             return tuple(index for index in indices for _ in range(self.repeat))
         return tuple(indices) * self.repeat
+
+    @property
+    def mixes_next_values(self) -> bool:
+        """Whether layers with shared queries and keys attend to next values."""
+        return self.causal if self.next_values is None else self.next_values
+
+    @property
+    def turns_shared_qk(self) -> bool:
+        """Whether layers with shared queries and keys turn by rotary positions."""
+        if self.shared_qk_rotary is None:
+            return not self.mixes_next_values
+        return self.shared_qk_rotary
 
     @property
     def local_dropout(self) -> float:

@@ -44,6 +44,8 @@ ABSENT: Mapping[str, Mapping[str, Any]] = {
         "same_bucket": False,
         "correct_duplicates": False,
         "shared_qk_scale": 1.0,
+        "next_values": False,
+        "shared_qk_rotary": True,
         "full_shared_qk": False,
         "attention_out_bias": False,
         "attention_dropout": 0.0,

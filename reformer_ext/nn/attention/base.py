@@ -182,6 +182,7 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         self.n_projections = n_projections
         self.rotary = rotary
+        self.value_mix: nn.Parameter | None = None
         self.in_proj = nn.Linear(dim, n_projections * heads * head_dim, bias=bias)
         out_bias = bias if out_bias is None else out_bias
         self.out_proj = nn.Linear(heads * head_dim, dim, bias=out_bias)
@@ -241,6 +242,12 @@ class SelfAttention(nn.Module):
         first, end = heads
         columns = self.out_proj.weight[:, first * self.head_dim : end * self.head_dim]
         return F.linear(out, columns, self.out_proj.bias if first == 0 else None)  # bias once
+
+    def _mix_values(self) -> None:
+        """Gives the layer ``value_mix``, the factors of next values: ``(2, H)``, of a value and the
+        next, or if not causal ``(3, H)``, of the one before, the value and the next."""
+        start = [0.5, 0.5] if self.causal else [0.25, 0.5, 0.25]
+        self.value_mix = nn.Parameter(torch.tensor(start)[:, None].repeat(1, self.heads))
 
     def check_heads(self, heads: tuple[int, int] | None, cache: nn.Module | None) -> None:
         """Raises ValueError unless there are such heads, and no cache of all."""
@@ -304,10 +311,13 @@ class RowCache(LayerCache):
         self.keys.scatter_(2, index, k.to(self.keys.dtype))
         self.values.scatter_(2, index, v.to(self.values.dtype))
 
-    def attend_to(self, q: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    def attend_to(
+        self, q: Tensor, mask: Tensor, scale: float | None, values: Tensor | None = None
+    ) -> Tensor:
         """``q (B, H, T, D)`` to the places that ``mask (B, T, places)`` allows: bool, or the keys'
-        dtype and added to the logits."""
+        dtype and added to the logits; with other values than those kept, if given."""
+        values = self.values if values is None else values
         out = F.scaled_dot_product_attention(
-            q.to(self.keys.dtype), self.keys, self.values, attn_mask=mask[:, None], scale=scale
+            q.to(self.keys.dtype), self.keys, values, attn_mask=mask[:, None], scale=scale
         )
         return out.to(q.dtype)

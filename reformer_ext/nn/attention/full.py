@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ... import ops
 from ...packed import map_sequences, sequence_lengths
 from ..cache import CacheSizes
 from ..checks import check_bool, check_dropout, check_scale
@@ -41,17 +42,28 @@ class FullOptions(AttentionOptions):
     dropout: float = 0.0
     out_bias: bool | None = None
     rotary: bool = True
+    next_values: bool = False
 
     def check(self, name: str) -> None:
         check_scale(name, self.scale)
         check_dropout(name, self.dropout)
         check_bool(name, "shared_qk", self.shared_qk)
         check_bool(name, "rotary", self.rotary)
+        check_bool(name, "next_values", self.next_values)
+        if self.next_values and not self.shared_qk:
+            raise ValueError(
+                f"{name}: expected next_values with shared_qk alone, got separate queries and keys"
+            )
 
     @classmethod
     def of(cls, config: ReformerConfig, given: Mapping[str, Any], name: str) -> Self:
         if given.get("shared_qk", config.full_shared_qk):
-            given = {"scale": config.shared_qk_scale, **given}
+            given = {
+                "scale": config.shared_qk_scale,
+                "rotary": config.turns_shared_qk,
+                "next_values": config.mixes_next_values,
+                **given,
+            }
         return super().of(config, given, name)
 
 
@@ -63,7 +75,9 @@ class FullSelfAttention(SelfAttention):
             :class:`LSHSelfAttention`.
         shared_qk: keys are the length-normalised queries, and a position attends to itself only if
             nothing else is allowed, as the first one of a causal sequence: what LSH attention
-            approximates, and its exact limit. Takes an ``L x L`` mask.
+            approximates, and its exact limit. Takes an ``L x L`` mask where it is not causal or
+            there is padding.
+        next_values: with shared_qk, as in :class:`LSHSelfAttention`.
 
     Raises:
         ValueError: naming the argument.
@@ -84,6 +98,7 @@ class FullSelfAttention(SelfAttention):
         bias: bool = False,
         out_bias: bool | None = None,
         rotary: bool = True,
+        next_values: bool = False,
     ) -> None:
         super().__init__(
             dim,
@@ -97,8 +112,12 @@ class FullSelfAttention(SelfAttention):
             out_bias=out_bias,
             rotary=rotary,
         )
-        FullOptions(shared_qk=shared_qk, rotary=rotary).check("FullSelfAttention")
+        FullOptions(shared_qk=shared_qk, rotary=rotary, next_values=next_values).check(
+            "FullSelfAttention"
+        )
         self.shared_qk = shared_qk
+        if next_values:
+            self._mix_values()
 
     def new_cache(self, sizes: CacheSizes) -> FullCache:
         return FullCache(
@@ -133,29 +152,62 @@ class FullSelfAttention(SelfAttention):
         *qk, v = self.turn(projected, rotary)
         q, k = qk if not self.shared_qk else (qk[0], F.normalize(qk[0], dim=-1))
         if cache is not None and cache_lengths is not None:
-            out = cache.attend(q, k, v, cache_lengths, scale=self.scale, mask_self=self.shared_qk)
+            out = cache.attend(
+                q,
+                k,
+                v,
+                cache_lengths,
+                value_mix=self.value_mix,
+                scale=self.scale,
+                mask_self=self.shared_qk,
+            )
             return self.project_out(out)
         if cache is not None:
             cache.append(k, v, torch.zeros_like(prompt_lengths(x, None)))
         if cu_seqlens is None:
-            out = self._attend(q, k, v, key_padding_mask)
+            out = self._attend(q, k, v, key_padding_mask, heads)
         else:
             lengths = sequence_lengths(
                 type(self).__name__, cu_seqlens, x.shape[:2], key_padding_mask
             )
 
             def attend(group: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-                return (self._attend(q, k, v, None),)
+                return (self._attend(q, k, v, None, heads),)
 
             (out,) = map_sequences(attend, lengths, [(q, 2), (k, 2), (v, 2)], (2,))
         return self.project_out(out, heads)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding_mask: Tensor | None,
+        heads: tuple[int, int] | None,
+    ) -> Tensor:
+        w = v
+        if self.value_mix is not None:
+            mix = self.value_mix if heads is None else self.value_mix[:, slice(*heads)]
+            w = ops.next_values(v, mix, key_padding_mask, causal=self.causal)
+        unmasked = key_padding_mask is None and not torch.compiler.is_exporting()
+        if self.shared_qk and self.causal and unmasked:
+            # Never itself is causal over the keys before: no mask, so memory linear in L.
+            if q.shape[2] == 1:
+                return v
+            rest = F.scaled_dot_product_attention(
+                q[:, :, 1:],
+                k[:, :, :-1],
+                w[:, :, :-1],
+                dropout_p=self.dropout_p(),
+                is_causal=True,
+                scale=self.scale,
+            )
+            return torch.cat([v[:, :, :1], rest], dim=2)
         mask, self_only = self._mask(q.shape[2], key_padding_mask, q.device)
         out = F.scaled_dot_product_attention(
             q,
             k,
-            v,
+            w,
             attn_mask=mask,
             dropout_p=self.dropout_p(),
             is_causal=self.causal and mask is None,
@@ -201,6 +253,7 @@ class FullCache(RowCache):
         v: Tensor,
         lengths: Tensor,
         *,
+        value_mix: Tensor | None = None,
         scale: float | None,
         mask_self: bool,
     ) -> Tensor:
@@ -210,5 +263,8 @@ class FullCache(RowCache):
         places = torch.arange(self.keys.shape[2], device=q.device)
         if not mask_self:
             return self.attend_to(q, places <= queries, scale)
-        out = self.attend_to(q, places < queries.clamp(min=1), scale)
+        values = self.values
+        if value_mix is not None:  # of what is there; the newest is seen by none yet
+            values = ops.next_values(values, value_mix)
+        out = self.attend_to(q, places < queries.clamp(min=1), scale, values)
         return torch.where(queries[:, None] == 0, v, out)  # the first has nothing but itself

@@ -83,7 +83,9 @@ class LSHOptions(AttentionOptions):
         "scale": "shared_qk_scale",
         "dropout": "attention_dropout",
         "out_bias": "attention_out_bias",
+        "rotary": "turns_shared_qk",
         "rotary_before_hash": "rotary_before_hash",
+        "next_values": "mixes_next_values",
     }
 
     n_hashes: int = 8
@@ -98,6 +100,7 @@ class LSHOptions(AttentionOptions):
     out_bias: bool | None = None
     rotary: bool = True
     rotary_before_hash: bool = False
+    next_values: bool = False
 
     def check(self, name: str) -> None:
         if not (is_int(self.n_hashes, 1) and is_int(self.chunk_size, 1)):
@@ -120,6 +123,7 @@ class LSHOptions(AttentionOptions):
         check_dropout(name, self.dropout)
         for option in ("same_bucket", "correct_duplicates", "rotary", "rotary_before_hash"):
             check_bool(name, option, getattr(self, option))
+        check_bool(name, "next_values", self.next_values)
 
 
 class LSHSelfAttention(SelfAttention):
@@ -151,6 +155,10 @@ class LSHSelfAttention(SelfAttention):
         hash_seed: of the rotations; layers of one model should differ in it.
         rotary: whether queries and keys turn by the rotary positions of the model.
         rotary_before_hash: hash what rotary positions have turned; default: hash the content alone.
+        next_values: attend to ``a v_j + b v_{j+1}`` in place of ``v_j``, so that a match says what
+            followed it; a and b are the learnt parameter ``value_mix (2, H)``, 0.5 at the start
+            (not causal: ``(3, H)``, the value before too, 0.25, 0.5, 0.25). A position that meets
+            only itself gets its own ``v_i``. See :func:`reformer_ext.next_values`.
 
     Raises:
         ValueError: naming the argument.
@@ -183,6 +191,7 @@ class LSHSelfAttention(SelfAttention):
         hash_seed: int = 0,
         rotary: bool = True,
         rotary_before_hash: bool = False,
+        next_values: bool = False,
     ) -> None:
         super().__init__(
             dim,
@@ -206,6 +215,7 @@ class LSHSelfAttention(SelfAttention):
             correct_duplicates=correct_duplicates,
             rotary=rotary,
             rotary_before_hash=rotary_before_hash,
+            next_values=next_values,
         ).check("LSHSelfAttention")
         self.n_hashes = n_hashes
         self.chunk_size = chunk_size
@@ -216,6 +226,8 @@ class LSHSelfAttention(SelfAttention):
         self.correct_duplicates = correct_duplicates
         self.hash_seed = hash_seed
         self.rotary_before_hash = rotary_before_hash
+        if next_values:
+            self._mix_values()
 
     @property
     def draws(self) -> bool:
@@ -250,6 +262,7 @@ class LSHSelfAttention(SelfAttention):
             ),
             n_buckets=factors,
             window=min(sizes.window or self.chunk_size, sizes.capacity),
+            next_values=self.value_mix is not None,
             dtype=sizes.dtype,
         )
 
@@ -333,6 +346,7 @@ class LSHSelfAttention(SelfAttention):
                 hashed,
                 v,
                 cache_lengths,
+                value_mix=self.value_mix,
                 scale=self.scale,
                 correct_duplicates=self.correct_duplicates,
             )
@@ -409,10 +423,14 @@ class LSHSelfAttention(SelfAttention):
             buckets = ops.lsh_hash(hashed.detach(), rotations, n_buckets, key_padding_mask)
         if cache is not None:
             start = torch.zeros(qk.shape[0], dtype=torch.int64, device=qk.device)
-            cache.append(qk, v, buckets.to(torch.int32), start)
+            cache.append(qk, v, buckets.to(torch.int32), start, self.value_mix)
+        value_mix: Tensor | None = self.value_mix
+        if value_mix is not None and heads is not None:
+            value_mix = value_mix[:, slice(*heads)]
         out = ops.lsh_attention(
             qk,
             v,
+            value_mix=value_mix,
             n_buckets=n_buckets,
             buckets=buckets.to(torch.int32),
             chunk_size=self.chunk_size,
@@ -440,6 +458,7 @@ class LSHCache(LayerCache):
         rotations: ``(H, D, R, sum(n_buckets) / 2)``, of the layer's hash.
         n_buckets: even factors.
         window: W positions that a bucket remembers.
+        next_values: of a layer with next values: each is completed when the next position comes.
         dtype: of keys and values.
     """
 
@@ -450,6 +469,7 @@ class LSHCache(LayerCache):
     table: Tensor
     counts: Tensor
     rotations: Tensor
+    last_values: Tensor | None
 
     def __init__(
         self,
@@ -461,6 +481,7 @@ class LSHCache(LayerCache):
         rotations: Tensor,
         n_buckets: Sequence[int],
         window: int,
+        next_values: bool = False,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
@@ -474,13 +495,23 @@ class LSHCache(LayerCache):
             "table": torch.zeros(*table, window, dtype=torch.int32, device=device),
             "counts": torch.zeros(table, dtype=torch.int32, device=device),
             "rotations": rotations,
+            "last_values": torch.zeros(batch, heads, head_dim, dtype=dtype, device=device)
+            if next_values
+            else None,
         }.items():
             self.register_buffer(name, buffer, persistent=False)
 
     def reset(self) -> None:
         self.counts.zero_()
 
-    def append(self, qk: Tensor, v: Tensor, buckets: Tensor, lengths: Tensor) -> None:
+    def append(
+        self,
+        qk: Tensor,
+        v: Tensor,
+        buckets: Tensor,
+        lengths: Tensor,
+        value_mix: Tensor | None = None,
+    ) -> None:
         """Adds positions ``(B, H, T, D)`` with buckets int32 ``(B, H, R, T)`` after ``lengths``."""
         ops.lsh_cache_append(
             self.keys,
@@ -492,6 +523,8 @@ class LSHCache(LayerCache):
             buckets,
             lengths,
             normalize=True,
+            value_mix=value_mix,
+            last_values=self.last_values,
         )
 
     def attend(
@@ -501,6 +534,7 @@ class LSHCache(LayerCache):
         v: Tensor,
         lengths: Tensor,
         *,
+        value_mix: Tensor | None = None,
         scale: float | None,
         correct_duplicates: bool,
     ) -> Tensor:
@@ -510,6 +544,10 @@ class LSHCache(LayerCache):
         outs = []
         for t in range(qk.shape[2]):
             now = slice(t, t + 1)
+            at = lengths + t if t else lengths
+            new = (qk[:, :, now], v[:, :, now], buckets[..., now], at)
+            if value_mix is not None:  # which the new position completes for the one before it
+                self.append(*new, value_mix)
             out, _ = ops.lsh_decode(
                 qk[:, :, now].to(dtype),
                 self.keys,
@@ -518,10 +556,11 @@ class LSHCache(LayerCache):
                 self.counts,
                 buckets[..., now],
                 own_values=v[:, :, now].to(dtype),
+                before=None if value_mix is None else at,
                 scale=scale,
                 correct_duplicates=correct_duplicates,
             )
-            at = lengths + t if t else lengths
-            self.append(qk[:, :, now], v[:, :, now], buckets[..., now], at)
+            if value_mix is None:
+                self.append(*new)
             outs.append(out)
         return join_positions(outs).to(qk.dtype)
