@@ -38,7 +38,10 @@ void find_candidates(const int32_t* table, const int32_t* counts, const int32_t*
                    "lsh_decode: expected table with positions in [0, ", capacity, "), got ",
                    position);
   }
-  if (end < capacity) std::erase_if(found, [&](int32_t position) { return position >= end; });
+  if (end < capacity) {  // not std::erase_if: torch 2.11 builds as C++17
+    const auto beyond = [&](int32_t position) { return position >= end; };
+    found.erase(std::remove_if(found.begin(), found.end(), beyond), found.end());
+  }
   if (!once) return;
   std::sort(found.begin(), found.end());
   found.erase(std::unique(found.begin(), found.end()), found.end());
