@@ -72,7 +72,7 @@ def test_local_layers_take_natural_order(
     assert (bits - position_bits(model, tokens)).abs().mean() > 0.01
 
     def local(qk: Tensor, v: Tensor, **options: Any) -> Any:
-        names = ("chunk_size", "look_back", "look_ahead", "causal", "scale")
+        names = ("chunk_size", "look_back", "look_ahead", "causal", "scale", "value_mix")
         out, _ = chunked_attention(qk, None, v, **{name: options[name] for name in names})
         return (out, options["buckets"]) if options.get("return_buckets") else out
 
