@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import measure, models, plot
-from reformer_ext.nn import cache
+from reformer_ext.nn.attention.lsh import LSHCache
 
 SMALL = ["--device=cpu", "--dim=32", "--heads=2", "--pairs=1", "--n-hashes=2", "--lengths=128,192"]
 
@@ -119,8 +119,8 @@ def test_every_model_is_written_when_done(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = cache.LSHCache.attend
-    monkeypatch.setattr(cache.LSHCache, "attend", lambda *a, **k: 1.1 * attend(*a, **k))
+    attend = LSHCache.attend
+    monkeypatch.setattr(LSHCache, "attend", lambda *a, **k: 1.1 * attend(*a, **k))
     monkeypatch.setattr(measure, "timed", lambda *_: pytest.fail("timed"))
     with pytest.raises(SystemExit, match=r"wrong results, not timed: .*cached logits"):
         run(monkeypatch, "decode")

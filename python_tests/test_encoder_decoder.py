@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -502,8 +503,14 @@ def test_each_training_step_hashes_once(monkeypatch: pytest.MonkeyPatch) -> None
         calls += 1
         return lsh_hash(*args)
 
-    lsh_hash = ops.lsh_hash
+    def counted_cross(*args: Any, buckets: Tensor | None = None, **options: Any) -> Any:
+        nonlocal calls
+        calls += buckets is None  # hashes queries and keys together, in C++
+        return lsh_cross_attention(*args, buckets=buckets, **options)
+
+    lsh_hash, lsh_cross_attention = ops.lsh_hash, ops.lsh_cross_attention
     monkeypatch.setattr(ops, "lsh_hash", counted)
+    monkeypatch.setattr(ops, "lsh_cross_attention", counted_cross)
     data = batch()
     models("lsh", layers=("lsh", "local"))[0].loss(**data, targets=data["tokens"]).backward()
     assert calls == 1 + 1 + 2  # encoder, decoder, cross-attention

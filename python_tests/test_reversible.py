@@ -28,6 +28,7 @@ import reformer_ext
 from python_tests.cases import tiny_config
 from reformer_ext import ops
 from reformer_ext.nn import Reformer, ReformerConfig, ReformerLM, ReversibleStack
+from reformer_ext.nn.blocks import by_heads
 from reformer_ext.nn.reversible import ReversibleBlock
 
 DIM = 16
@@ -199,7 +200,7 @@ def test_heads_in_turns_with_dropout() -> None:
     assert_same(*(gradients(model, lambda model: model(x)) for model in models), 1e-10)
 
     # No two layers or groups of heads share a mask.
-    calls = models[0]._by_heads(models[0]._layer_kwargs(x, None, None))
+    calls = by_heads(models[0].config, models[0]._layer_kwargs(x, None, None))
     seeds = [
         part["dropout_seed"].item() for parts in calls for part in parts if "dropout_seed" in part
     ]

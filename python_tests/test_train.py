@@ -154,6 +154,12 @@ def test_resumed_run_equals_an_uninterrupted_one(
         assert torch.equal(ours["model"][name], value), name
 
 
+def _heed_signals() -> None:
+    """What ignores signals, as nohup does, hands that on to its children."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 def _start(corpus: Path, out: Path, n_lines: int, *options: str) -> subprocess.Popen[bytes]:
     """A run in a process of its own, once it has made ``n_lines`` steps."""
     command = [sys.executable, "-m", "reformer_ext", "train", str(corpus), "--out", str(out)]
@@ -162,6 +168,7 @@ def _start(corpus: Path, out: Path, n_lines: int, *options: str) -> subprocess.P
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        preexec_fn=_heed_signals,
     )
     deadline = time.monotonic() + 120
     log_file = out / "log.jsonl"
