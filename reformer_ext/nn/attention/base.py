@@ -249,6 +249,12 @@ class SelfAttention(nn.Module):
         start = [0.5, 0.5] if self.causal else [0.25, 0.5, 0.25]
         self.value_mix = nn.Parameter(torch.tensor(start)[:, None].repeat(1, self.heads))
 
+    def _value_mix_of(self, heads: tuple[int, int] | None) -> Tensor | None:
+        """The factors of next values for the heads ``(first, end)``, default all; None without."""
+        if self.value_mix is None or heads is None:
+            return self.value_mix
+        return self.value_mix[:, slice(*heads)]
+
     def check_heads(self, heads: tuple[int, int] | None, cache: nn.Module | None) -> None:
         """Raises ValueError unless there are such heads, and no cache of all."""
         if heads is None:

@@ -185,10 +185,9 @@ class FullSelfAttention(SelfAttention):
         key_padding_mask: Tensor | None,
         heads: tuple[int, int] | None,
     ) -> Tensor:
-        w = v
-        if self.value_mix is not None:
-            mix = self.value_mix if heads is None else self.value_mix[:, slice(*heads)]
-            w = ops.next_values(v, mix, key_padding_mask, causal=self.causal)
+        value_mix, w = self._value_mix_of(heads), v
+        if value_mix is not None:
+            w = ops.next_values(v, value_mix, key_padding_mask, causal=self.causal)
         unmasked = key_padding_mask is None and not torch.compiler.is_exporting()
         if self.shared_qk and self.causal and unmasked:
             # Never itself is causal over the keys before: no mask, so memory linear in L.

@@ -424,13 +424,10 @@ class LSHSelfAttention(SelfAttention):
         if cache is not None:
             start = torch.zeros(qk.shape[0], dtype=torch.int64, device=qk.device)
             cache.append(qk, v, buckets.to(torch.int32), start, self.value_mix)
-        value_mix: Tensor | None = self.value_mix
-        if value_mix is not None and heads is not None:
-            value_mix = value_mix[:, slice(*heads)]
         out = ops.lsh_attention(
             qk,
             v,
-            value_mix=value_mix,
+            value_mix=self._value_mix_of(heads),
             n_buckets=n_buckets,
             buckets=buckets.to(torch.int32),
             chunk_size=self.chunk_size,
